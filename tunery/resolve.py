@@ -1,0 +1,480 @@
+"""From a request to a `TrainingSpec` in which nothing is "auto" any more.
+
+Done once, before a job is queued, by the API and by `tunery train` alike. Every value's origin is
+kept, so that `ext.resolved` can say who decided what.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunery import catalogue
+from tunery.errors import InvalidConfig, UnsupportedCombination
+from tunery.request import unknown_key, validated
+from tunery.spec import (
+    BaseModelRef,
+    Checkpoints,
+    Compute,
+    Data,
+    Evaluation,
+    InitFrom,
+    Limits,
+    TrainingSpec,
+    Use,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tunery.entries import Adapter, EntryConfig, Method, ModelShape, Task
+    from tunery.request import JobRequest
+    from tunery.spec import DataFile
+
+BYTES_PER_TOKEN = 4.0
+"""Of English JSONL under a 32k to 128k BPE vocabulary; code and other scripts are denser."""
+AUTO_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the workers that may run the job offer."""
+
+    kind: Literal["cpu", "cuda"] = "cpu"
+    memory_bytes: int | None = None
+    bf16: bool = False
+    flops_per_s: float = 5e10
+    """Sustained, of one device; the default is one CPU core's worth of fp32."""
+
+
+@dataclass
+class Resolved:
+    """A spec, and the story of how it came about."""
+
+    spec: TrainingSpec
+    sources: dict[str, str]
+    warnings: list[dict[str, Any]]
+    estimate: dict[str, Any]
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    """What OpenAI's job object shows: n_epochs, batch_size, learning_rate_multiplier."""
+
+    def as_json(self) -> dict[str, Any]:
+        """`ext.resolved`."""
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "spec_sha256": self.spec.sha256(),
+            "sources": self.sources,
+            "warnings": self.warnings,
+        }
+
+
+def resolve(
+    request: JobRequest,
+    *,
+    training: DataFile,
+    validation: DataFile | None = None,
+    shape: ModelShape | None = None,
+    revision: str | None = None,
+    seed: int,
+    devices: DeviceFacts | None = None,
+) -> Resolved:
+    """Fill in what the request left open, and refuse what cannot work.
+
+    Args:
+        shape: of the base model; None when it is not on this machine yet, which leaves lengths
+            and memory unchecked until the run starts.
+        seed: used when the request names none.
+
+    Raises:
+        InvalidConfig: a value or key is wrong, by path.
+        UnsupportedCombination: legal parts that do not go together; says what would.
+    """
+    story = _Story()
+    method = catalogue.find("methods", request.method.type, "method.type")
+    task_use = _task(request, training, story)
+    task = catalogue.find("tasks", task_use.type, "ext.task")
+    adapter_use = _adapter(request, story)
+    adapter = catalogue.find("adapters", adapter_use.type, _adapter_path(request, "type"))
+    _check_fit(request, method, task, adapter, training, validation)
+    settings = _Settings(request, method, adapter, training, shape, devices or DeviceFacts())
+    config, multiplier = settings.resolve(story)
+    steps = total_steps(config, training.rows)
+    spec = TrainingSpec(
+        model=BaseModelRef(name=request.model, revision=revision),
+        task=task_use,
+        method=Use(type=method.name, config=config.model_dump(mode="json")),
+        adapter=adapter_use,
+        transforms=_transforms(request, training, task, story),
+        data=_data(training, validation, story),
+        seed=request.seed if request.seed is not None else seed,
+        compute=_compute(request, devices, story),
+        evaluation=_evaluation(request, task, validation, story),
+        checkpoints=_checkpoints(request, steps, story),
+        limits=Limits(max_runtime_s=request.ext.limits.max_runtime_s),
+        init_from=InitFrom(**request.ext.init_from.model_dump()) if request.ext.init_from else None,
+    )
+    shown = {
+        name: getattr(config, name)
+        for name in ("n_epochs", "batch_size", "beta")
+        if hasattr(config, name)
+    }
+    return Resolved(
+        spec=spec,
+        sources=story.sources,
+        warnings=story.warnings,
+        estimate=estimate(spec, adapter, shape, devices or DeviceFacts()),
+        hyperparameters={**shown, "learning_rate_multiplier": multiplier},
+    )
+
+
+def total_steps(config: Any, rows: int) -> int:
+    """Optimizer steps of a run over `rows` examples; a last, smaller batch counts."""
+    if config.max_steps is not None:
+        return int(config.max_steps)
+    return max(1, math.ceil(float(config.n_epochs) * math.ceil(rows / int(config.batch_size))))
+
+
+class _Story:
+    """Who decided what."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, str] = {}
+        self.warnings: list[dict[str, Any]] = []
+
+    def note(self, path: str, source: str) -> None:
+        self.sources[path] = source
+
+    def warn(self, code: str, path: str, message: str) -> None:
+        self.warnings.append(
+            {"code": code, "path": path, "message": message, "severity": "warning"}
+        )
+
+
+def _adapter_path(request: JobRequest, key: str) -> str:
+    return f"method.{request.method.type}.adapter.{key}"
+
+
+def _use(shelf: Any, given: Mapping[str, Any], param: str) -> Use:
+    """Check an entry's settings against its own schema.
+
+    Raises:
+        InvalidConfig: no such entry, or a setting of it is wrong.
+    """
+    kind = given.get("type")
+    if not isinstance(kind, str):
+        raise InvalidConfig(
+            f"{param}.type: the entry's name is required",
+            code="missing_parameter",
+            param=f"{param}.type",
+        )
+    entry = catalogue.find(shelf, kind, f"{param}.type")
+    values = {key: value for key, value in given.items() if key != "type" and value != "auto"}
+    config: EntryConfig = validated(entry.Config, values, param)
+    return Use(type=kind, config=config.model_dump(mode="json"))
+
+
+def _task(request: JobRequest, training: DataFile, story: _Story) -> Use:
+    asked = request.ext.task
+    if asked is None:
+        kind = "text-classification" if training.format == "classification" else "text-generation"
+        story.note("task.type", f"auto: the training file is {training.format} data")
+        return _use("tasks", {"type": kind}, "ext.task")
+    story.note("task.type", "request")
+    return _use("tasks", {"type": asked} if isinstance(asked, str) else asked, "ext.task")
+
+
+def _adapter(request: JobRequest, story: _Story) -> Use:
+    given = request.method.adapter
+    story.note("adapter.type", "request" if "type" in given else "default")
+    return _use("adapters", {"type": "lora", **given}, f"method.{request.method.type}.adapter")
+
+
+def _check_fit(
+    request: JobRequest,
+    method: Method,
+    task: Task,
+    adapter: Adapter,
+    training: DataFile,
+    validation: DataFile | None,
+) -> None:
+    usable = method.formats & task.formats
+    if training.format not in usable:
+        others = sorted(
+            name
+            for name, other in catalogue.entries("methods").items()
+            if training.format in other.formats  # type: ignore[attr-defined]
+        )
+        raise UnsupportedCombination(
+            f"method {method.name!r} on task {task.name!r} trains on {_listed(usable)} data, and "
+            f"{training.file_id} is {training.format} data",
+            hint=f"methods that take {training.format} data: {', '.join(others) or 'none'}",
+            param="training_file",
+        )
+    if validation is not None and validation.format != training.format:
+        raise UnsupportedCombination(
+            f"the training file is {training.format} data and the validation file is "
+            f"{validation.format} data",
+            hint="both must have one format",
+            param="validation_file",
+        )
+    if task.name not in method.tasks:
+        raise UnsupportedCombination(
+            f"method {method.name!r} works on {_listed(method.tasks)}, not on {task.name!r}",
+            param="ext.task",
+        )
+    for what, allowed, name in (
+        ("task", adapter.tasks, task.name),
+        ("method", adapter.methods, method.name),
+    ):
+        if allowed is not None and name not in allowed:
+            raise UnsupportedCombination(
+                f"adapter {adapter.name!r} does not work with {what} {name!r}",
+                hint=f"it works with {_listed(allowed)}",
+                param=_adapter_path(request, "type"),
+            )
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+class _Settings:
+    """The method's config: what was asked, what follows from the adapter and the data."""
+
+    def __init__(
+        self,
+        request: JobRequest,
+        method: Method,
+        adapter: Adapter,
+        training: DataFile,
+        shape: ModelShape | None,
+        devices: DeviceFacts,
+    ) -> None:
+        self.method, self.adapter = method, adapter
+        self.training, self.shape, self.devices = training, shape, devices
+        self.path = f"method.{method.name}.hyperparameters"
+        self.given = {
+            key: value
+            for key, value in request.method.hyperparameters.items()
+            if value is not None and value != "auto"
+        }
+
+    def resolve(self, story: _Story) -> tuple[EntryConfig, float]:
+        """The config, and the multiplier of the default learning rate that it amounts to."""
+        given = dict(self.given)
+        base = self.adapter.default_learning_rate * self.method.learning_rate_factor
+        multiplier = self._multiplier(given, base)
+        for key in given:
+            if key not in self.method.Config.model_fields:
+                known = [*self.method.Config.model_fields, "learning_rate_multiplier"]
+                raise unknown_key(f"{self.path}.{key}", key, known)
+        filled = {
+            "learning_rate": (
+                base * multiplier,
+                f"default of {self.adapter.name} for {self.method.name}",
+            ),
+            "batch_size": (self._batch_size(), f"auto: {self.training.rows} rows"),
+            "max_length": self._max_length(),
+        }
+        for key, (value, why) in filled.items():
+            if key in self.method.Config.model_fields and key not in given:
+                given[key] = value
+                story.note(f"method.config.{key}", why)
+        config = validated(self.method.Config, given, self.path)
+        for key in self.method.Config.model_fields:
+            asked = key in self.given or (key == "learning_rate" and multiplier != 1)
+            if asked or f"method.config.{key}" not in story.sources:
+                story.note(f"method.config.{key}", "request" if asked else "default")
+        self._check_length(config)
+        if self.training.rows < 10:
+            story.warn(
+                "too_few_examples",
+                "training_file",
+                f"{self.training.rows} examples teach little; 50 is a start",
+            )
+        return config, getattr(config, "learning_rate", base) / base
+
+    def _multiplier(self, given: dict[str, Any], base: float) -> float:
+        path = f"{self.path}.learning_rate_multiplier"
+        value = given.pop("learning_rate_multiplier", None)
+        if value is None:
+            return 1.0
+        if "learning_rate" in given:
+            raise InvalidConfig(
+                f"{path}: give learning_rate or learning_rate_multiplier, not both",
+                hint=f"the default learning rate here is {base:g}",
+                param=path,
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            raise InvalidConfig(f"{path}: a number above 0 is expected", param=path)
+        return float(value)
+
+    def _batch_size(self) -> int:
+        rows = self.training.rows
+        size = 8 if rows <= 2_000 else 16 if rows <= 20_000 else 32
+        return max(1, min(size, rows))
+
+    def _max_length(self) -> tuple[int, str]:
+        if self.shape is None:
+            return AUTO_MAX_LENGTH, "auto: the base model's context is not known yet"
+        limit = self.shape.max_position_embeddings
+        return min(AUTO_MAX_LENGTH, limit), f"auto: the base model's context is {limit}"
+
+    def _check_length(self, config: Any) -> None:
+        limit = self.shape.max_position_embeddings if self.shape else None
+        if limit is not None and config.max_length > limit:
+            raise InvalidConfig(
+                f"{self.path}.max_length: {config.max_length} tokens, and the base model's context "
+                f"is {limit}",
+                hint=f"at most {limit}",
+                param=f"{self.path}.max_length",
+            )
+
+
+def _transforms(
+    request: JobRequest, training: DataFile, task: Task, story: _Story
+) -> tuple[Use, ...]:
+    asked = request.ext.transforms
+    if asked is None:
+        story.note("transforms", "default")
+        chat = training.format in ("chat", "preference") and task.name == "text-generation"
+        asked = ({"type": "chat_template"},) if chat else ()
+    else:
+        story.note("transforms", "request")
+    uses = tuple(_use("transforms", given, f"ext.transforms.{i}") for i, given in enumerate(asked))
+    for i, use in enumerate(uses):
+        formats = catalogue.find("transforms", use.type).formats
+        if i == 0 and training.format not in formats:
+            raise UnsupportedCombination(
+                f"transform {use.type!r} reads {_listed(formats)} data, not {training.format} data",
+                param=f"ext.transforms.{i}",
+            )
+    return uses
+
+
+def _data(training: DataFile, validation: DataFile | None, story: _Story) -> Data:
+    if training.labels is None or validation is None:
+        return Data(training=training, validation=validation)
+    unseen = sorted(set(validation.labels or ()) - set(training.labels))
+    if unseen:
+        story.warn(
+            "unseen_labels",
+            "validation_file",
+            f"{len(unseen)} labels of the validation file are not trained",
+        )
+    labels = tuple(sorted({*training.labels, *(validation.labels or ())}))
+    return Data(
+        training=training.model_copy(update={"labels": labels}),
+        validation=validation.model_copy(update={"labels": labels}),
+    )
+
+
+def _compute(request: JobRequest, devices: DeviceFacts | None, story: _Story) -> Compute:
+    asked = request.ext.compute
+    world = asked.gpus * asked.nodes
+    strategy = asked.strategy
+    if strategy == "auto":
+        strategy = "single" if world == 1 else "ddp"
+        story.note("compute.strategy", f"auto: {world} rank{'s' if world > 1 else ''}")
+    elif strategy == "single" and world > 1:
+        raise UnsupportedCombination(
+            f"strategy 'single' trains on one device and {world} are asked for",
+            hint="use ddp, deepspeed_zero2, deepspeed_zero3 or auto",
+            param="ext.compute.strategy",
+        )
+    kind = devices.kind if devices else "auto"
+    precision = asked.precision
+    if precision == "auto":
+        precision = "bf16" if devices and devices.bf16 else "fp32"
+        story.note("compute.precision", f"auto: {kind} device")
+    budget = asked.micro_batch_tokens
+    if budget == "auto":
+        budget = 16_384 if kind == "cuda" else 4_096
+        story.note("compute.micro_batch_tokens", f"auto: {kind} device")
+    return Compute(
+        gpus=asked.gpus,
+        nodes=asked.nodes,
+        strategy=strategy,
+        precision=precision,
+        device=kind,
+        gradient_checkpointing=asked.gradient_checkpointing,
+        micro_batch_tokens=budget,
+    )
+
+
+def _evaluation(
+    request: JobRequest, task: Task, validation: DataFile | None, story: _Story
+) -> Evaluation:
+    asked = request.ext.evaluation
+    if asked.every_steps is not None and validation is None:
+        raise UnsupportedCombination(
+            "ext.evaluation.every_steps asks for evaluations and there is no validation_file",
+            hint="upload a held-out file and name it as validation_file",
+            param="ext.evaluation.every_steps",
+        )
+    for name in asked.metrics or ():
+        if name not in task.metrics:
+            raise InvalidConfig(
+                f"ext.evaluation.metrics: task {task.name!r} has no metric {name!r}",
+                hint=f"known: {', '.join(task.metrics)}",
+                param="ext.evaluation.metrics",
+            )
+    story.note("evaluation.metrics", "request" if asked.metrics else f"default of {task.name}")
+    return Evaluation(every_steps=asked.every_steps, metrics=asked.metrics or task.default_metrics)
+
+
+def _checkpoints(request: JobRequest, steps: int, story: _Story) -> Checkpoints:
+    asked = request.ext.checkpoints
+    every = asked.every_steps
+    if every == "auto":
+        every = min(200, max(10, math.ceil(steps / 5)))
+        story.note("checkpoints.every_steps", f"auto: {steps} steps")
+    return Checkpoints(every_steps=every, keep=asked.keep)
+
+
+def estimate(
+    spec: TrainingSpec, adapter: Adapter, shape: ModelShape | None, devices: DeviceFacts
+) -> dict[str, Any]:
+    """Steps, tokens, memory and time before anything runs, with the basis said.
+
+    FLOPs per token are 4N for an adapter on frozen weights (no weight gradient) and 6N for full
+    training; time is given as a range, because the device's sustained rate is assumed.
+    """
+    config = catalogue.find("methods", spec.method.type).Config.model_validate(spec.method.config)
+    steps = total_steps(config, spec.data.training.rows)
+    examples = steps * min(config.batch_size, spec.data.training.rows)  # type: ignore[attr-defined]
+    per_row = spec.data.training.size_bytes / max(1, spec.data.training.rows) / BYTES_PER_TOKEN
+    tokens = int(examples * min(per_row, config.max_length))  # type: ignore[attr-defined]
+    basis = {"steps": steps, "train_tokens": tokens, "basis": "modelled"}
+    if shape is None or not shape.parameters:
+        return {"available": False, "reason": "base_model_not_imported", **basis}
+    adapter_config = catalogue.find("adapters", spec.adapter.type).Config.model_validate(
+        spec.adapter.config
+    )
+    trainable = adapter.trainable_parameters(adapter_config, shape)
+    full = trainable >= shape.parameters
+    flops = (6 if full else 4) * shape.parameters * tokens
+    seconds = flops / (devices.flops_per_s * spec.compute.gpus * spec.compute.nodes)
+    weight_bytes = 2 if spec.compute.precision == "bf16" else 4
+    activations = (
+        spec.compute.micro_batch_tokens
+        * shape.num_hidden_layers
+        * weight_bytes
+        * (8 * shape.hidden_size + 4 * shape.intermediate_size)
+    )
+    memory = shape.parameters * weight_bytes + trainable * 16 + activations
+    return {
+        "available": True,
+        **basis,
+        "trainable_parameters": trainable,
+        "total_parameters": shape.parameters,
+        "gpu": {
+            "type": devices.kind,
+            "count": spec.compute.gpus * spec.compute.nodes,
+            "memory_bytes_needed": memory,
+            "fits": None if devices.memory_bytes is None else memory <= devices.memory_bytes,
+        },
+        "seconds": {"low": seconds * 0.5, "mid": seconds, "high": seconds * 3},
+        "gpu_seconds": seconds * spec.compute.gpus * spec.compute.nodes,
+    }
