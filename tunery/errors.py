@@ -90,6 +90,12 @@ class Conflict(UserError):
     default_code = "invalid_job_state"
 
 
+class Mismatch(UserError):
+    """A repeated request, or its precondition, does not say what the first one said."""
+
+    default_code = "idempotency_key_reused"
+
+
 class Gone(UserError):
     """It existed and has expired."""
 
@@ -100,6 +106,12 @@ class TooLarge(UserError):
     """More bytes than are accepted."""
 
     default_code = "file_too_large"
+
+
+class RangeNotSatisfiable(UserError):
+    """The asked bytes lie outside the file."""
+
+    default_code = "range_not_satisfiable"
 
 
 class UnsupportedMediaType(UserError):

@@ -1,0 +1,101 @@
+"""The front door: `uvicorn --factory api.app:app`.
+
+`create_app` finds the routers of `api.routes` by itself: a new one is a new module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, FastAPI
+
+from api import errors, routes
+from api.deps import Service
+from api.edge import Edge
+from core import settings as settings_module
+from core.artifacts.stores import open_store
+from core.broker import Broker
+from core.db.engine import Database
+from core.jobs import reconciler
+from core.projects.keys import KeyRing
+from tunery import __version__
+from tunery.models import ModelStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from core.settings import Settings
+
+STOP_PATIENCE_S = 5.0
+
+
+def app() -> FastAPI:
+    """The application of this process's settings."""
+    return create_app(settings_module.settings())
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """An application that is not started yet: its lifespan opens what the settings name."""
+    made = FastAPI(
+        title="Tunery",
+        version=__version__,
+        lifespan=_lifespan(settings),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for module in pkgutil.iter_modules(routes.__path__):
+        router = importlib.import_module(f"{routes.__name__}.{module.name}").router
+        assert isinstance(router, APIRouter)
+        made.include_router(router)
+    errors.install(made)
+    made.add_middleware(Edge, streamed_limit_bytes=settings.max_file_bytes)
+    return made
+
+
+def _lifespan(
+    settings: Settings,
+) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(made: FastAPI) -> AsyncIterator[None]:
+        async with _running(settings) as service:
+            made.state.service = service
+            yield
+
+    return lifespan
+
+
+@contextlib.asynccontextmanager
+async def _running(settings: Settings) -> AsyncIterator[Service]:
+    """Everything a process holds open, and its two background tasks."""
+    db = Database(settings.database_url.get_secret_value())
+    broker = Broker(settings.broker_url.get_secret_value())
+    keys = KeyRing(db)
+    service = Service(
+        settings=settings,
+        db=db,
+        store=open_store(settings),
+        keys=keys,
+        models=ModelStore(settings.resolved_models_dir(), settings.hub_allowed),
+        poke=asyncio.Event(),
+        stopping=asyncio.Event(),
+    )
+    tasks = [
+        asyncio.create_task(
+            reconciler.run(db, broker, settings, service.stopping, service.poke), name="reconciler"
+        ),
+        asyncio.create_task(keys.run(service.stopping), name="key-usage"),
+    ]
+    try:
+        yield service
+    finally:
+        service.stopping.set()
+        _, late = await asyncio.wait(tasks, timeout=STOP_PATIENCE_S)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await db.close()

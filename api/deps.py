@@ -1,0 +1,118 @@
+"""What routes are handed: who is calling, and the service's parts.
+
+Every route names the scope it needs (`caller: JobsRead`), or says that it needs none (`Public`);
+a test walks the router and refuses a route that does neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from core.artifacts.stores import ArtifactStore
+from core.db.engine import Database
+from core.projects.keys import KeyRing, Principal, Scope
+from core.settings import Settings
+from tunery.errors import PermissionDenied, Unauthenticated
+from tunery.models import ModelStore
+
+if TYPE_CHECKING:
+    import asyncio
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts of one API process, made by the lifespan of `api.app`."""
+
+    settings: Settings
+    db: Database
+    store: ArtifactStore
+    keys: KeyRing
+    models: ModelStore
+    poke: asyncio.Event
+    """Set after a commit that left work for the reconciler, so that it need not wait."""
+    stopping: asyncio.Event
+    """Set when the process is told to stop: streams end."""
+
+
+async def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def settings_of(request: Request) -> Settings:
+    return (await service_of(request)).settings
+
+
+async def store_of(request: Request) -> ArtifactStore:
+    return (await service_of(request)).store
+
+
+async def database_of(request: Request) -> Database:
+    return (await service_of(request)).db
+
+
+Parts = Annotated[Service, Depends(service_of)]
+Settings_ = Annotated[Settings, Depends(settings_of)]
+Store = Annotated[ArtifactStore, Depends(store_of)]
+Db = Annotated[Database, Depends(database_of)]
+
+
+class Scoped:
+    """Lets a caller through whose key has the scope; `admin` has them all."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    async def __call__(self, request: Request) -> Principal:
+        headers = request.headers
+        caller = await request.app.state.service.keys.authenticate(
+            _bearer(headers.get("authorization"))
+        )
+        for header in ("openai-project", "openai-organization"):
+            if (named := headers.get(header)) and named != caller.project:
+                raise PermissionDenied(
+                    f"the key does not belong to what the {header} header names",
+                    code="project_mismatch",
+                )
+        if not caller.may(self.scope):
+            raise PermissionDenied(
+                f"this needs the scope {self.scope}", hint="use a key that was created with it"
+            )
+        assert isinstance(caller, Principal)
+        return caller
+
+
+def _bearer(header: str | None) -> str:
+    if header is None:
+        raise Unauthenticated(
+            "no API key was given", hint="send it as `Authorization: Bearer ft_...`"
+        )
+    scheme, _, token = header.partition(" ")
+    if scheme.lower() != "bearer":
+        raise Unauthenticated("the Authorization header must be `Bearer <key>`")
+    return token.strip()
+
+
+class Open:
+    """Marks a route that anybody may call."""
+
+    async def __call__(self) -> None:
+        return None
+
+
+def require(scope: Scope) -> Scoped:
+    """For `Depends`: `caller: Annotated[Principal, Depends(require("jobs:read"))]`."""
+    return Scoped(scope)
+
+
+Public = Depends(Open())
+FilesRead = Annotated[Principal, Depends(require("files:read"))]
+FilesWrite = Annotated[Principal, Depends(require("files:write"))]
+JobsRead = Annotated[Principal, Depends(require("jobs:read"))]
+JobsWrite = Annotated[Principal, Depends(require("jobs:write"))]
+ArtifactsRead = Annotated[Principal, Depends(require("artifacts:read"))]
+LogsRead = Annotated[Principal, Depends(require("logs:read"))]
+Admin = Annotated[Principal, Depends(require("admin"))]
