@@ -141,6 +141,10 @@ class Transform(Entry, Protocol):
     formats: ClassVar[frozenset[str]]
     """Formats it accepts."""
 
+    def produces(self, config: Any, format: str) -> str:
+        """Format of the rows out, for rows of this format in."""
+        ...
+
     def apply(
         self, config: Any, rows: Sequence[dict[str, Any]], tokenizer: Any
     ) -> list[dict[str, Any]]:
