@@ -1,1 +1,328 @@
-"""The torch-side halves of a run: what entries are handed, and what they hand back."""
+"""The torch-side halves of a run: what entries are handed, and what they hand back.
+
+How a row becomes a step:
+
+    row --TaskRuntime.encode--> Example (1 or more Documents) --collate--> Batch
+        --Objective.loss--> LossOutput (a SUM) --loop--> / normaliser of the whole optimizer step
+
+Axes: B rows of a micro-batch, T positions of a row, S supervised positions of the micro-batch,
+D documents, E examples, C classes, V vocabulary. Importing this module loads numpy and torch;
+entries import from it under `TYPE_CHECKING` or inside functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    import numpy as np
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunery.entries import DataFormat
+
+IGNORE = -100
+"""Label of a position that is not supervised, as everywhere in transformers."""
+
+Layout = Literal["rows", "packed"]
+"""rows: a document per row, padded on the right. packed: one row, documents end to end, positions
+restarting, attention kept apart by `Batch.cu_seqlens`; needs an attention that honours them."""
+
+Sums = dict[str, tuple["Tensor", "Tensor"]]
+"""Metric name to (sum, count), device scalars without graph; the metric is sum / count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One token sequence that attends only to itself.
+
+    Attributes:
+        input_ids: int32, shape (T,).
+        labels: int32, shape (T,): the token itself where it is supervised, else `IGNORE`. Not
+            shifted; `labels[0]` is never learnt, there is nothing to predict it from.
+        weight: multiplies the loss of each of its supervised tokens, and counts as much in the
+            normaliser.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    weight: float = 1.0
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens that are predicted and scored."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of the data file, encoded: the unit of a batch, never split over micro-batches.
+
+    Attributes:
+        documents: one for supervised tasks; (preferred, non-preferred) for preference rows.
+        target: class id for classification; None where the labels are tokens.
+        index: row number in its file, from 0; names the row wherever the example is spoken of.
+    """
+
+    documents: tuple[Document, ...]
+    target: int | None
+    index: int
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all documents."""
+        return sum(len(document.input_ids) for document in self.documents)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(len(document.input_ids) for document in self.documents)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch. Host numbers are Python ints; nothing here needs a device read.
+
+    The supervised positions are laid out flat, whatever the layout: hidden state
+    `hidden.view(-1, H)[target_positions]` predicts `target_ids`.
+    """
+
+    input_ids: Tensor
+    """int64 (B, T)."""
+    attention_mask: Tensor | None
+    """int64 (B, T), 1 at real tokens; None where no mask is needed: no padding, or a causal model
+    with padding on the right, where no real token can see it."""
+    position_ids: Tensor | None
+    """int64 (B, T); None means 0, 1, 2, ... in every row."""
+    cu_seqlens: Tensor | None
+    """int32 (D+1,): starts of the documents in a packed row; None for rows."""
+    max_seqlen: int
+    """Longest document, in tokens."""
+    target_positions: Tensor
+    """int64 (S,): flat positions in (B*T) whose next token is supervised."""
+    target_ids: Tensor
+    """int64 (S,): that next token."""
+    target_weights: Tensor | None
+    """float32 (S,); None means all 1."""
+    target_documents: Tensor
+    """int64 (S,): the document, 0..D-1, that each belongs to. Documents keep the examples' order:
+    with two documents per example, 2e is example e's first and 2e+1 its second."""
+    targets: Tensor | None
+    """int64 (E,): class ids; None where the labels are tokens."""
+    indices: tuple[int, ...]
+    """`Example.index` of each example, length E."""
+    documents: int
+    """D."""
+    tokens: int
+    """Real tokens, padding not counted."""
+    supervised: int
+    """S."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What else a task's model wants, by argument name."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch there; the copy does not block when the tensors are pinned."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        moved["extras"] = {k: v.to(device, non_blocking=True) for k, v in self.extras.items()}
+        return replace(self, **moved)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward."""
+        given = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            **self.extras,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(slots=True)
+class TokenLosses:
+    """What the model says about the supervised tokens of a batch.
+
+    Attributes:
+        nll: (S,), negative log-likelihood of each, in nats, float32, with graph; not weighted.
+        correct: (S,), float32 without graph: 1 where the token was the most likely one.
+    """
+
+    nll: Tensor
+    correct: Tensor
+
+    def document_logprobs(self, batch: Batch) -> Tensor:
+        """Summed log-probability of each document's supervised tokens: float32 (D,), with graph."""
+        zeros = torch.zeros(batch.documents, dtype=torch.float32, device=self.nll.device)
+        return zeros.index_add(0, batch.target_documents, -self.nll)
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """A micro-batch's share of the optimizer step. Device tensors; never read with `.item()`.
+
+    Attributes:
+        loss: scalar float32 with graph: the SUM over the batch's normaliser units (weighted tokens,
+            pairs, examples). The loop divides by the units of the whole optimizer step, over all
+            micro-batches and ranks, so that how a step is cut never changes its gradient.
+        sums: metrics, such as `mean_token_accuracy` or `rewards/margins`.
+        predictions: int64 (E,), evaluation of classification only.
+    """
+
+    loss: Tensor
+    sums: Sums = field(default_factory=dict)
+    predictions: Tensor | None = None
+
+
+class Objective(Protocol):
+    """What a method gives: batch in, summed loss and metrics out."""
+
+    def units(self, example: Example) -> float:
+        """The example's part of the loss's denominator: its weighted supervised tokens, or 1."""
+        ...
+
+    def prepare(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Called once before the first step and before any resumed weights are loaded.
+
+        `batches` are the micro-batches of all training and validation examples, already on the
+        device, drawn lazily: an objective that needs nothing from the untrained model leaves them
+        alone. Training examples have `Batch.indices` 0, 1, ...; validation examples -1, -2, ...
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """`model` is called like the transformers model; it may be wrapped by an engine."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeOptions:
+    """How rows become examples. Equal options, equal tokens: they are part of the cache's key.
+
+    Attributes:
+        format: of the rows.
+        max_length: tokens a document may have; what is over is cut off at the right.
+        train_on: which tokens of a chat or prompt_completion row are supervised.
+        labels: class names in id order, classification only.
+        chat_template: overrides the tokenizer's own; its hash is recorded.
+    """
+
+    format: DataFormat
+    max_length: int
+    train_on: Literal["assistant", "all"] = "assistant"
+    labels: tuple[str, ...] | None = None
+    chat_template: str | None = None
+
+
+class TaskRuntime(Protocol):
+    """The half of a task that needs torch."""
+
+    peft_task_type: str
+    """PEFT's `TaskType` value, for instance CAUSAL_LM or SEQ_CLS."""
+    layouts: frozenset[Layout]
+    """Batch layouts that its models can read."""
+
+    def load_model(
+        self, path: Path, *, dtype: torch.dtype, labels: tuple[str, ...] | None, **options: Any
+    ) -> PreTrainedModel:
+        """The base model on the CPU, in eval mode, from a local folder and safetensors only.
+
+        `options` go to `from_pretrained`, for instance `attn_implementation`.
+
+        Raises:
+            tunery.errors.BaseModelUnavailable: the folder does not hold such a model.
+        """
+        ...
+
+    def encode(
+        self,
+        row: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: EncodeOptions,
+        index: int,
+    ) -> Example:
+        """A canonical row (`tunery.data.formats`, transforms applied) as tokens.
+
+        Raises:
+            tunery.errors.InvalidData: cannot be encoded; names the row, never quotes it.
+        """
+        ...
+
+    def collate(self, examples: Sequence[Example], *, layout: Layout, pad_id: int) -> Batch:
+        """A micro-batch, on the CPU."""
+        ...
+
+    def units(self, example: Example) -> float:
+        """Denominator units of `supervised_loss`."""
+        ...
+
+    def supervised_loss(self, model: nn.Module, batch: Batch, run: MethodRun) -> LossOutput:
+        """The task's own maximum-likelihood loss, summed over units."""
+        ...
+
+    def metrics(
+        self,
+        names: Sequence[str],
+        loss: float,
+        sums: Mapping[str, float],
+        truths: Sequence[int],
+        predictions: Sequence[int],
+    ) -> dict[str, float]:
+        """The named evaluation metrics.
+
+        Args:
+            loss: mean over units.
+            sums: the means of `LossOutput.sums`.
+            truths, predictions: class ids of all examples; empty where the labels are tokens.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRun:
+    """What an adapter's `apply` is given.
+
+    Attributes:
+        model: the base model, on the CPU or its device, nothing frozen yet.
+        task_type: PEFT's `TaskType` value.
+        seed: initialisation must depend on nothing else.
+        base_model_name: goes into `adapter_config.json` as `base_model_name_or_path`.
+        calibration: a few micro-batches, for initialisations that look at data; on the model's
+            device.
+    """
+
+    model: PreTrainedModel
+    task_type: str
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    base_model_name: str
+    revision: str | None = None
+    calibration: Callable[[], Iterable[Batch]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRun:
+    """What a method's `objective` is given.
+
+    Attributes:
+        task: whose loss and models are used.
+        token_losses: model and batch to `TokenLosses`; runs body and head, computes no logits
+            where there is no label, and picks the head's path by memory. Use it, not the model.
+        reference: context in which the model answers as it did before training (a PEFT adapter is
+            switched off). None for full fine-tuning: `Objective.prepare` has to look before.
+        seed: for methods that draw.
+    """
+
+    task: TaskRuntime
+    token_losses: Callable[[nn.Module, Batch], TokenLosses]
+    reference: Callable[[], AbstractContextManager[Any]] | None
+    seed: int
