@@ -152,6 +152,11 @@ class JobRow(Base):
         # Not on lease_until: heartbeats must stay heap-only.
         Index("jobs_owned", "id", postgresql_where=text("owner is not null")),
         Index("jobs_by_project", "project_id", "id"),
+        Index(
+            "jobs_open",
+            "project_id",
+            postgresql_where=text("state not in ('succeeded','failed','cancelled')"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
@@ -291,6 +296,7 @@ class CheckpointRow(Base):
     final: Mapped[bool] = mapped_column(server_default=text("false"))
     corrupt_at: Mapped[datetime | None]
     resume_dropped_at: Mapped[datetime | None]  # retention removed the resume half
+    deleted_at: Mapped[datetime | None]  # its owner deleted the model
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
@@ -317,7 +323,10 @@ class IdempotencyRow(Base):
     """A create that was answered, so that a retry gets the same answer."""
 
     __tablename__ = "idempotency_keys"
-    __table_args__ = (UniqueConstraint("project_id", "route", "key"),)
+    __table_args__ = (
+        UniqueConstraint("project_id", "route", "key"),
+        Index("idempotency_by_body", "body_sha256", "created_at"),
+    )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
