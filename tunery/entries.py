@@ -98,6 +98,17 @@ class Adapter(Entry, Protocol):
         """Number of trained scalars for a base model of this shape, by formula."""
         ...
 
+    def starts_as_base(self, config: Any) -> bool:
+        """Whether the model with the fresh adapter answers exactly as the base does."""
+        ...
+
+    def base_when_disabled(self, config: Any) -> bool:
+        """Whether PEFT's `disable_adapter` gives the untrained base back: a free reference model.
+
+        False where the base's own weights train or were changed.
+        """
+        ...
+
     def apply(self, config: Any, run: AdapterRun) -> Any:
         """Return the model with the adapter in place: only its parameters require gradients.
 
