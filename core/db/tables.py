@@ -51,6 +51,9 @@ class ProjectRow(Base):
     name: Mapped[str] = mapped_column(unique=True)
     weight: Mapped[float] = mapped_column(server_default=text("1"))
     max_queued_jobs: Mapped[int | None]
+    # Decayed GPU seconds of ended attempts, as of `gpu_usage_at`: the fair share's memory.
+    gpu_usage: Mapped[float] = mapped_column(server_default=text("0"))
+    gpu_usage_at: Mapped[datetime] = mapped_column(server_default=NOW)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
@@ -96,6 +99,9 @@ class FileRow(Base):
 
 class UploadRow(Base):
     __tablename__ = "uploads"
+    __table_args__ = (
+        Index("uploads_pending", "expires_at", postgresql_where=text("status = 'pending'")),
+    )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     public_id: Mapped[str] = mapped_column(unique=True)
@@ -113,6 +119,7 @@ class UploadRow(Base):
 
 class UploadPartRow(Base):
     __tablename__ = "upload_parts"
+    __table_args__ = (Index("upload_parts_by_upload", "upload_id"),)
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     public_id: Mapped[str] = mapped_column(unique=True)
@@ -140,6 +147,11 @@ class JobRow(Base):
         CheckConstraint("(owner is null) = (lease_until is null)", name="jobs_lease"),
         CheckConstraint(
             "(state = 'succeeded') = (final_checkpoint_id is not null)", name="jobs_result"
+        ),
+        # A queued job that nobody may claim would wait for ever: an obeyed wish is a move.
+        CheckConstraint(
+            "state <> 'queued' or (cancel_requested_at is null and pause_requested_at is null)",
+            name="jobs_queued_is_runnable",
         ),
         Index(
             "jobs_ready",
