@@ -1,0 +1,99 @@
+"""The connection pool, and the one place where a session begins and commits."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from tunery.errors import ServiceUnavailable
+
+
+@contextmanager
+def _availability() -> Iterator[None]:
+    """Turn "Postgres is away, full, slow or gave up on a lock" into `ServiceUnavailable`."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise ServiceUnavailable("all database connections are busy") from error
+    except (OperationalError, InterfaceError) as error:
+        raise ServiceUnavailable("the database does not answer") from error
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        raise ServiceUnavailable("the database connection broke") from error
+
+
+class Database:
+    """A pool of connections to Postgres.
+
+    Sessions read what is committed (`READ COMMITTED`); rows stay readable after a commit. Every
+    way in raises `ServiceUnavailable` when Postgres is away, restarting, or out of connections.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = 8,
+        pool_timeout_s: float = 5.0,
+        statement_timeout_s: float = 30.0,
+    ) -> None:
+        options = (
+            f"-c statement_timeout={int(statement_timeout_s * 1000)} "
+            # A holder of row locks that fell silent must not hold up everybody else.
+            "-c idle_in_transaction_session_timeout=60000"
+        )
+        self._engine = create_async_engine(
+            url,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=pool_timeout_s,
+            pool_pre_ping=True,  # a restarted Postgres costs a reconnect, not an error
+            connect_args={
+                "connect_timeout": 5,
+                "options": options,
+                "application_name": "tunery",
+            },
+        )
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[AsyncSession]:
+        """A session whose work is rolled back unless the caller commits it.
+
+        Raises:
+            ServiceUnavailable: Postgres is away or has no connection left.
+        """
+        with _availability():
+            async with self._sessions() as session:
+                yield session
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """One transaction: committed on success, rolled back when the block raises.
+
+        Raises:
+            ServiceUnavailable: Postgres is away or has no connection left. When it went away
+                during the commit, the transaction may or may not have been committed.
+        """
+        with _availability():
+            async with self._sessions.begin() as session:
+                yield session
+
+    async def ping(self) -> None:
+        """Ask for an answer.
+
+        Raises:
+            ServiceUnavailable: there is none.
+        """
+        async with self.session() as session:
+            await session.execute(text("select 1"))
+
+    async def close(self) -> None:
+        """Close every connection of the pool."""
+        await self._engine.dispose()
