@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from core.broker import Broker
 from fastapi import APIRouter, FastAPI
 
 from api import errors, routes
@@ -18,7 +19,6 @@ from api.deps import Service
 from api.edge import Edge
 from core import settings as settings_module
 from core.artifacts.stores import open_store
-from core.broker import Broker
 from core.db.engine import Database
 from core.jobs import reconciler
 from core.projects.keys import KeyRing

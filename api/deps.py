@@ -16,7 +16,7 @@ from core.db.engine import Database
 from core.projects.keys import KeyRing, Principal, Scope
 from core.settings import Settings
 from tunery.errors import PermissionDenied, Unauthenticated
-from tunery.models import ModelStore
+from tunery.models import ModelStore  # noqa: TC001 - FastAPI reads annotations
 
 if TYPE_CHECKING:
     import asyncio
