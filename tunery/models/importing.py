@@ -111,7 +111,7 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     where = {"gguf_file": source.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
