@@ -222,7 +222,7 @@ class JobRow(Base):
     error: Mapped[dict[str, Any] | None]  # {code, message, param, category, retriable, hint}
     fine_tuned_model: Mapped[str | None]
     final_checkpoint_id: Mapped[int | None] = mapped_column(
-        ForeignKey("checkpoints.id", use_alter=True)
+        ForeignKey("checkpoints.id", use_alter=True, name="jobs_final_checkpoint")
     )
     result_file_id: Mapped[int | None] = mapped_column(ForeignKey("files.id"))
     last_event_seq: Mapped[int] = mapped_column(server_default=text("0"))

@@ -1,1 +1,1 @@
-"""Postgres and a Redis-protocol broker, owned by this process: the embedded service and the tests."""
+"""Postgres and a Redis-protocol broker owned by this process."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.local.process import FolderLock, socket_folder, spawn, stop, tail
 from tunery.errors import ServiceUnavailable
+
+if TYPE_CHECKING:
+    import subprocess
 
 _SOCKET = "broker.sock"
 
@@ -44,7 +47,9 @@ class EmbeddedBroker:
         process: the running server; None while stopped.
     """
 
-    def __init__(self, folder: Path, *, persistent: bool = True, server: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, persistent: bool = True, server: Path | None = None
+    ) -> None:
         self.folder = folder.resolve()
         self.process: subprocess.Popen[bytes] | None = None
         self._persistent = persistent

@@ -12,11 +12,10 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psycopg
 
@@ -31,6 +30,9 @@ from core.local.process import (
     unprivileged,
 )
 from tunery.errors import ServiceUnavailable
+
+if TYPE_CHECKING:
+    import subprocess
 
 Source = Literal["wheel", "system"]
 
@@ -107,9 +109,7 @@ class EmbeddedPostgres:
         process: the running postmaster; None while stopped.
     """
 
-    def __init__(
-        self, folder: Path, *, durable: bool = True, binaries: Path | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, durable: bool = True, binaries: Path | None = None) -> None:
         self.folder = folder.resolve()
         self.process: subprocess.Popen[bytes] | None = None
         self._durable = durable

@@ -12,7 +12,6 @@ import fcntl
 import os
 import pwd
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -20,9 +19,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunery.errors import Conflict, ServiceUnavailable
+
+if TYPE_CHECKING:
+    import signal
 
 _PR_SET_PDEATHSIG = 1
 # Loaded here, not between fork and exec, where taking the loader's lock could hang.
@@ -138,7 +140,7 @@ class _Spawner:
             start, done = self._wanted.get()
             try:
                 done.set_result(start())
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that asked
+            except BaseException as error:
                 done.set_exception(error)
 
 
@@ -172,7 +174,7 @@ def spawn(
                 cwd="/",
                 start_new_session=True,
                 env=environment,
-                preexec_fn=_die_with_parent(os.getpid(), death_signal),  # noqa: PLW1509
+                preexec_fn=_die_with_parent(os.getpid(), death_signal),
                 **identity,
             )
 
