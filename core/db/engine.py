@@ -12,6 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 
 from tunery.errors import ServiceUnavailable
 
+__all__ = ["AsyncSession", "Database"]  # the session's type, for those who may not import SQLAlchemy
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 

@@ -9,29 +9,14 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from core.jobs.state import OWNED, STATUS, TERMINAL, State
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from core.db.tables import CheckpointRow, JobEventRow
     from core.db.views import JobView
 
-STATUS: Final[dict[str, str]] = {
-    "validating": "validating_files",
-    "queued": "queued",
-    "starting": "running",
-    "running": "running",
-    "finishing": "running",
-    "paused": "paused",
-    "succeeded": "succeeded",
-    "failed": "failed",
-    "cancelled": "cancelled",
-}
-STATES: Final[dict[str, tuple[str, ...]]] = {
-    status: tuple(state for state, shown in STATUS.items() if shown == status)
-    for status in dict.fromkeys(STATUS.values())
-}
-TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
-RUNNING: Final = frozenset({"starting", "running", "finishing"})
 RUNNING_PHASES: Final = frozenset({"preparing", "training", "evaluating", "saving", "uploading"})
 CHECKPOINT_METRICS: Final = (
     "train_loss",
@@ -53,7 +38,7 @@ def job_object(view: JobView, organization: str, now: datetime | None = None) ->
         "created_at": unix(view.created_at),
         "model": view.model,
         "organization_id": organization,
-        "status": STATUS[view.state],
+        "status": STATUS[State(view.state)],
         "training_file": view.training_file,
         "validation_file": view.validation_file,
         "result_files": [view.result_file] if view.result_file else [],
@@ -103,7 +88,7 @@ def phase(view: JobView, now: datetime) -> str:
     """The finer state, for people."""
     if view.state in TERMINAL:
         return "done"
-    if view.state in RUNNING:
+    if view.state in OWNED:
         if view.cancel_requested_at is not None:
             return "cancelling"
         if view.pause_requested_at is not None:
@@ -121,7 +106,7 @@ def phase(view: JobView, now: datetime) -> str:
 
 
 def _estimated_finish(view: JobView) -> int | None:
-    if view.state not in RUNNING or view.seconds_remaining is None or view.progress_at is None:
+    if view.state not in OWNED or view.seconds_remaining is None or view.progress_at is None:
         return None
     return int(view.progress_at.timestamp() + view.seconds_remaining)
 
@@ -175,7 +160,7 @@ def _failure(view: JobView) -> dict[str, Any] | None:
 
 def _progress(view: JobView) -> dict[str, Any]:
     total = view.total_steps
-    estimated = view.state in RUNNING and view.seconds_remaining is not None
+    estimated = view.state in OWNED and view.seconds_remaining is not None
     return {
         "step": view.last_step,
         "total_steps": total,
@@ -234,14 +219,14 @@ def event_object(row: JobEventRow) -> dict[str, Any]:
         "ext": {
             "seq": row.seq,
             "attempt": row.attempt,
-            "from_status": STATUS.get(row.from_state or ""),
-            "to_status": STATUS.get(row.to_state or ""),
+            "from_status": STATUS[State(row.from_state)] if row.from_state else None,
+            "to_status": STATUS[State(row.to_state)] if row.to_state else None,
         },
     }
 
 
 def checkpoint_object(row: CheckpointRow, job: str, *, best: bool) -> dict[str, Any]:
-    """A `fine_tuning.job.checkpoint`. `metrics` has OpenAI's members only where they were logged."""
+    """A `fine_tuning.job.checkpoint`; `metrics` has those of OpenAI's members that were logged."""
     files = export_files(row.manifest) if row.deleted_at is None else []
     kinds = [kind for kind in row.kinds if not (kind == "resume" and row.resume_dropped_at)]
     adapter = next((file for file in files if file["path"].endswith(".safetensors")), None)
