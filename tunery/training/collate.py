@@ -1,0 +1,93 @@
+"""Examples as tensors: padded rows or one packed row, and where in them something is learnt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tunery.training.types import IGNORE, Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunery.training.types import Document, Example, Layout
+
+
+def collate(
+    examples: Sequence[Example], *, layout: Layout, pad_id: int, mask: bool = False
+) -> Batch:
+    """A micro-batch on the CPU.
+
+    Args:
+        mask: give padded rows their attention mask. A causal model needs none: padding stands on
+            the right, where no real token can look.
+    """
+    documents = [document for example in examples for document in example.documents]
+    lengths = np.array([len(document.input_ids) for document in documents], dtype=np.int64)
+    width = int(lengths.max())
+    starts = np.cumsum(lengths) - lengths if layout == "packed" else np.arange(len(lengths)) * width
+    where, ids, owners, weights = _targets(documents, starts)
+    padded = layout == "rows" and bool((lengths != width).any())
+    return Batch(
+        input_ids=_input_ids(documents, layout, width, pad_id),
+        attention_mask=_mask(lengths, width) if mask and padded else None,
+        position_ids=_restarting(lengths) if layout == "packed" else None,
+        cu_seqlens=_boundaries(lengths) if layout == "packed" else None,
+        max_seqlen=width,
+        target_positions=torch.from_numpy(where),
+        target_ids=torch.from_numpy(ids),
+        target_weights=None if (weights == 1).all() else torch.from_numpy(weights),
+        target_documents=torch.from_numpy(owners),
+        targets=_classes(examples),
+        indices=tuple(example.index for example in examples),
+        documents=len(documents),
+        tokens=int(lengths.sum()),
+        supervised=len(ids),
+    )
+
+
+def _targets(
+    documents: Sequence[Document], starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Flat positions, next tokens, documents and weights of what is learnt; each (S,)."""
+    where, ids, owners = [], [], []
+    for number, document in enumerate(documents):
+        learnt = np.flatnonzero(document.labels[1:] != IGNORE)
+        where.append(learnt + starts[number])
+        ids.append(document.labels[1:][learnt].astype(np.int64))
+        owners.append(np.full(len(learnt), number, dtype=np.int64))
+    owner = np.concatenate(owners)
+    weight = np.array([document.weight for document in documents], dtype=np.float32)
+    return np.concatenate(where).astype(np.int64), np.concatenate(ids), owner, weight[owner]
+
+
+def _input_ids(
+    documents: Sequence[Document], layout: Layout, width: int, pad_id: int
+) -> torch.Tensor:
+    if layout == "packed":
+        joined = np.concatenate([document.input_ids for document in documents])
+        return torch.from_numpy(joined.astype(np.int64))[None]
+    rows = np.full((len(documents), width), pad_id, dtype=np.int64)
+    for row, document in zip(rows, documents, strict=True):
+        row[: len(document.input_ids)] = document.input_ids
+    return torch.from_numpy(rows)
+
+
+def _mask(lengths: np.ndarray, width: int) -> torch.Tensor:
+    return torch.from_numpy((np.arange(width)[None] < lengths[:, None]).astype(np.int64))
+
+
+def _restarting(lengths: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None]
+
+
+def _boundaries(lengths: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _classes(examples: Sequence[Example]) -> torch.Tensor | None:
+    if any(example.target is None for example in examples):
+        return None
+    return torch.tensor([example.target for example in examples], dtype=torch.int64)
