@@ -92,11 +92,12 @@ def resolve(
     """
     story = _Story()
     method = catalogue.find("methods", request.method.type, "method.type")
-    task_use = _task(request, training, story)
+    transforms, read_as = _transforms(request, training, story)
+    task_use = _task(request, read_as, story)
     task = catalogue.find("tasks", task_use.type, "ext.task")
     adapter_use = _adapter(request, story)
     adapter = catalogue.find("adapters", adapter_use.type, _adapter_path(request, "type"))
-    _check_fit(request, method, task, adapter, training, validation)
+    _check_fit(request, method, task, adapter, training, validation, read_as)
     settings = _Settings(request, method, adapter, training, shape, devices or DeviceFacts())
     config, multiplier = settings.resolve(story)
     steps = total_steps(config, training.rows)
@@ -105,7 +106,7 @@ def resolve(
         task=task_use,
         method=Use(type=method.name, config=config.model_dump(mode="json")),
         adapter=adapter_use,
-        transforms=_transforms(request, training, task, story),
+        transforms=transforms,
         data=_data(training, validation, story),
         seed=request.seed if request.seed is not None else seed,
         compute=_compute(request, devices, story),
@@ -174,11 +175,11 @@ def _use(shelf: Any, given: Mapping[str, Any], param: str) -> Use:
     return Use(type=kind, config=config.model_dump(mode="json"))
 
 
-def _task(request: JobRequest, training: DataFile, story: _Story) -> Use:
+def _task(request: JobRequest, read_as: str, story: _Story) -> Use:
     asked = request.ext.task
     if asked is None:
-        kind = "text-classification" if training.format == "classification" else "text-generation"
-        story.note("task.type", f"auto: the training file is {training.format} data")
+        kind = "text-classification" if read_as == "classification" else "text-generation"
+        story.note("task.type", f"auto: the rows are {read_as} data")
         return _use("tasks", {"type": kind}, "ext.task")
     story.note("task.type", "request")
     return _use("tasks", {"type": asked} if isinstance(asked, str) else asked, "ext.task")
@@ -197,18 +198,20 @@ def _check_fit(
     adapter: Adapter,
     training: DataFile,
     validation: DataFile | None,
+    read_as: str,
 ) -> None:
     usable = method.formats & task.formats
-    if training.format not in usable:
+    if read_as not in usable:
         others = sorted(
             name
             for name, other in catalogue.entries("methods").items()
-            if training.format in other.formats  # type: ignore[attr-defined]
+            if read_as in other.formats  # type: ignore[attr-defined]
         )
+        after = "" if read_as == training.format else f", read as {read_as} data"
         raise UnsupportedCombination(
             f"method {method.name!r} on task {task.name!r} trains on {_listed(usable)} data, and "
-            f"{training.file_id} is {training.format} data",
-            hint=f"methods that take {training.format} data: {', '.join(others) or 'none'}",
+            f"{training.file_id} is {training.format} data{after}",
+            hint=f"methods that take {read_as} data: {', '.join(others) or 'none'}",
             param="training_file",
         )
     if validation is not None and validation.format != training.format:
@@ -333,24 +336,28 @@ class _Settings:
 
 
 def _transforms(
-    request: JobRequest, training: DataFile, task: Task, story: _Story
-) -> tuple[Use, ...]:
+    request: JobRequest, training: DataFile, story: _Story
+) -> tuple[tuple[Use, ...], str]:
+    """The transforms, and the format of the rows after the last one."""
     asked = request.ext.transforms
+    story.note("transforms", "default" if asked is None else "request")
     if asked is None:
-        story.note("transforms", "default")
-        chat = training.format in ("chat", "preference") and task.name == "text-generation"
-        asked = ({"type": "chat_template"},) if chat else ()
-    else:
-        story.note("transforms", "request")
-    uses = tuple(_use("transforms", given, f"ext.transforms.{i}") for i, given in enumerate(asked))
-    for i, use in enumerate(uses):
-        formats = catalogue.find("transforms", use.type).formats
-        if i == 0 and training.format not in formats:
+        templated = training.format in ("chat", "preference")
+        asked = ({"type": "chat_template"},) if templated else ()
+    uses = []
+    read_as: str = training.format
+    for i, given in enumerate(asked):
+        path = f"ext.transforms.{i}"
+        use = _use("transforms", given, path)
+        entry = catalogue.find("transforms", use.type)
+        if read_as not in entry.formats:
             raise UnsupportedCombination(
-                f"transform {use.type!r} reads {_listed(formats)} data, not {training.format} data",
-                param=f"ext.transforms.{i}",
+                f"transform {use.type!r} reads {_listed(entry.formats)} data, not {read_as} data",
+                param=path,
             )
-    return uses
+        read_as = entry.produces(entry.Config.model_validate(use.config), read_as)
+        uses.append(use)
+    return tuple(uses), read_as
 
 
 def _data(training: DataFile, validation: DataFile | None, story: _Story) -> Data:
