@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import numpy as np
@@ -211,16 +211,19 @@ class _Chat:
 
         shown = [{k: v for k, v in m.items() if k != "weight"} for m in self.messages]
         given = {**self.tokenizer.special_tokens_map, **self.given}
-        rendered, indices = render_jinja_template(
-            conversations=[shown],
-            tools=given.pop("tools"),
-            chat_template=given.pop("chat_template"),
-            return_assistant_tokens_mask=True,
-            **given,
+        rendered, indices = cast(
+            "tuple[Any, Any]",
+            render_jinja_template(
+                conversations=[shown],
+                tools=given.pop("tools"),
+                chat_template=given.pop("chat_template"),
+                return_assistant_tokens_mask=True,
+                **given,
+            ),
         )
         found = [_Span(*pair) for pair in indices[0]]
-        replies = [learnt for m, learnt in zip(self.messages, self.learnt, strict=True)
-                   if m["role"] == "assistant"]  # fmt: skip
+        both = zip(self.messages, self.learnt, strict=True)
+        replies = [learnt for message, learnt in both if message["role"] == "assistant"]
         if rendered[0] != text or len(found) != len(replies):
             return None
         return [span for span, learnt in zip(found, replies, strict=True) if learnt]
@@ -318,11 +321,11 @@ def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.bos_token_id)  # type: ignore[arg-type]
+    return int(tokenizer.bos_token_id)
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    return int(tokenizer.eos_token_id)
 
 
 def _one_bos(ids: list[int], learnt: list[bool], bos: int | None) -> tuple[list[int], list[bool]]:
