@@ -22,7 +22,7 @@ def run() -> None:
         with engine.connect() as connection:
             connection.execute(text("select pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
             # A migration that waits for a lock makes every later query wait behind it.
-            connection.execute(text("set lock_timeout = '5s'"))
+            connection.execute(text("set lock_timeout = '3s'"))
             connection.commit()
             context.configure(
                 connection=connection,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
+
+# Alembic keeps its context in module globals.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def config(database_url: str) -> Config:
@@ -29,12 +33,14 @@ def upgrade(database_url: str, revision: str = "head") -> None:
     Raises:
         sqlalchemy.exc.OperationalError: Postgres is away, or a lock was not to be had in time.
     """
-    command.upgrade(config(database_url), revision)
+    with _ONE_AT_A_TIME:
+        command.upgrade(config(database_url), revision)
 
 
 def downgrade(database_url: str, revision: str) -> None:
     """Go back to `revision` ("base": an empty database). Drops data."""
-    command.downgrade(config(database_url), revision)
+    with _ONE_AT_A_TIME:
+        command.downgrade(config(database_url), revision)
 
 
 def is_current(database_url: str) -> bool:

@@ -44,6 +44,7 @@ class EmbeddedBroker:
 
     Attributes:
         url: what Celery calls the broker.
+        socket: path of its unix socket.
         process: the running server; None while stopped.
     """
 
@@ -56,11 +57,11 @@ class EmbeddedBroker:
         self._server = server
         self._lock = FolderLock(self.folder)
         self._log = self.folder / "broker.log"
-        self._socket = socket_folder(self.folder, len(_SOCKET)) / _SOCKET
+        self.socket = socket_folder(self.folder, len(_SOCKET)) / _SOCKET
 
     @property
     def url(self) -> str:
-        return f"redis+socket://{self._socket}?virtual_host=0"
+        return f"redis+socket://{self.socket}?virtual_host=0"
 
     def start(self) -> EmbeddedBroker:
         """Start the server and wait until it answers. A second start finds the same messages.
@@ -71,12 +72,12 @@ class EmbeddedBroker:
         """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock.acquire()
-        self._socket.parent.mkdir(exist_ok=True, mode=0o700)
-        self._socket.unlink(missing_ok=True)
+        self.socket.parent.mkdir(exist_ok=True, mode=0o700)
+        self.socket.unlink(missing_ok=True)
         self.process = spawn(
             [
                 *(self._server or find_server(), "--port", "0", "--daemonize", "no"),
-                *("--unixsocket", self._socket, "--unixsocketperm", "700"),
+                *("--unixsocket", self.socket, "--unixsocketperm", "700"),
                 *("--dir", self.folder, "--save", ""),
                 *("--appendonly", "yes" if self._persistent else "no"),
                 # A broker that evicts keys loses messages in silence.
@@ -111,7 +112,7 @@ class EmbeddedBroker:
             assert self.process is not None
             if self.process.poll() is not None:
                 break
-            if _answers(self._socket):
+            if _answers(self.socket):
                 return
             time.sleep(0.02)
         raise ServiceUnavailable(f"the broker did not start: {tail(self._log)}")

