@@ -59,6 +59,17 @@ class Settings(BaseSettings):
     )
     queues: str = Field("default", description="Queues that a worker serves, comma-separated.")
     worker_id: str | None = Field(None, description="Name of this worker; None: host and pid.")
+    launcher: str = Field(
+        "tunery.training.launch:launch",
+        description="What starts a job's ranks: module:function, given the attempt's work folder "
+        "and the events descriptor; returns the exit code.",
+    )
+    scratch_dir: Path | None = Field(
+        None, description="Work folders of running attempts; None: home/scratch."
+    )
+    max_log_bytes: int = Field(
+        4 << 20, ge=1024, description="Trainer output kept per attempt, besides its last 64 KiB."
+    )
     trainer_threads: int | None = Field(
         None, description="CPU threads of a trainer; None: the cores divided by the devices."
     )
@@ -73,6 +84,9 @@ class Settings(BaseSettings):
 
     def resolved_models_dir(self) -> Path:
         return (self.models_dir or self.resolved_home() / "models").expanduser().resolve()
+
+    def resolved_scratch_dir(self) -> Path:
+        return (self.scratch_dir or self.resolved_home() / "scratch").expanduser().resolve()
 
     def resolved_store_url(self) -> str:
         return self.store_url or (self.resolved_home() / "artifacts").as_uri()
