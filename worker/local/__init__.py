@@ -1,0 +1,1 @@
+"""The embedded service: Postgres, broker, API and one worker under one folder, on one machine."""
