@@ -66,6 +66,9 @@ class Database:
             },
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+        self._readers = async_sessionmaker(
+            self._engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False
+        )
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
@@ -76,6 +79,17 @@ class Database:
         """
         with _availability():
             async with self._sessions() as session:
+                yield session
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """A session for a single select: no transaction, hence two round trips less.
+
+        Raises:
+            ServiceUnavailable: Postgres is away or has no connection left.
+        """
+        with _availability():
+            async with self._readers() as session:
                 yield session
 
     @asynccontextmanager

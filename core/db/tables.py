@@ -37,8 +37,9 @@ class Base(DeclarativeBase):
         bool: Boolean,
         bytes: LargeBinary,
         datetime: TIMESTAMP(timezone=True),
-        dict[str, Any]: JSONB,
-        list[dict[str, Any]]: JSONB,
+        # None is SQL's null, not JSON's.
+        dict[str, Any]: JSONB(none_as_null=True),
+        list[dict[str, Any]]: JSONB(none_as_null=True),
         list[str]: ARRAY(Text),
     }
 
