@@ -121,7 +121,7 @@ def parse_request(body: Any) -> JobRequest:
     legacy = _mapping(fields.pop("hyperparameters", {}), "hyperparameters")
     fields["method"] = _method(fields.get("method"), legacy)
     fields["ignored"] = tuple(sorted(set(body) - _OPENAI_KEYS))
-    _check_metadata(fields.get("metadata"))
+    check_metadata(fields.get("metadata"))
     return validated(JobRequest, fields)
 
 
@@ -161,7 +161,7 @@ def _refuse_unknown(keys: Any, known: Sequence[str], where: str) -> None:
             raise unknown_key(f"{where}.{key}", key, known)
 
 
-def _check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: Any) -> None:
     if metadata is None:
         return
     for key, value in _mapping(metadata, "metadata").items():
