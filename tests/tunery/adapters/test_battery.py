@@ -1,0 +1,320 @@
+"""What every adapter has to keep, tried on tiny random models. New entries are collected here.
+
+All cases are saved first and loaded back by one fresh process, since importing torch takes longer
+than everything else here.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
+
+from tunery import catalogue
+from tunery.models.shape import shape_of
+from tunery.training.types import AdapterRun
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "lora": [
+        {"r": 4, "lora_dropout": 0.5, "use_rslora": True, "target_modules": ["q_proj", "value"]},
+        {"r": 4, "use_dora": True},
+        {"r": 4, "init_lora_weights": "gaussian"},
+        {"r": 4, "init_lora_weights": "orthogonal"},
+        {"r": 4, "init_lora_weights": "pissa"},
+        {"r": 4, "init_lora_weights": "olora"},
+        {"r": 4, "bias": "lora_only"},
+        {"r": 4, "layers_to_transform": [1]},
+    ],
+    "ia3": [],
+    "prompt": [{"num_virtual_tokens": 3, "init": "random"}],
+    "prefix": [{"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}],
+}
+"""Settings beside the example that have their own arithmetic."""
+
+LABELS = 3
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+LLAMA = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+BERT = {**SIZES, "num_attention_heads": 4, "pad_token_id": 0}
+MODELS: dict[str, Any] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA), "text-generation"),
+    "llama-classifier": (
+        LlamaForSequenceClassification,
+        LlamaConfig(**LLAMA, num_labels=LABELS),
+        "text-classification",
+    ),
+    "bert-classifier": (
+        BertForSequenceClassification,
+        BertConfig(**BERT, num_labels=LABELS),
+        "text-classification",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    adapter: str
+    model: str
+    settings: str
+
+    @property
+    def entry(self) -> Any:
+        return catalogue.find("adapters", self.adapter)
+
+    @property
+    def config(self) -> Any:
+        return self.entry.Config.model_validate(json.loads(self.settings))
+
+    @property
+    def folder(self) -> str:
+        return f"{CASES.index(self):03d}"
+
+    def __str__(self) -> str:
+        return f"{self.adapter}-{self.model}-{self.settings}"
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for name, entry in catalogue.entries("adapters").items():
+        example = {key: value for key, value in entry.example.items() if key != "type"}
+        for settings in [example, *VARIANTS.get(name, [])]:
+            for model, (_, _, task) in MODELS.items():
+                targets = settings.get("target_modules")
+                if isinstance(targets, list) and "llama" not in model:
+                    settings = {**settings, "target_modules": ["value"]}
+                elif isinstance(targets, list):
+                    settings = {**settings, "target_modules": ["q_proj"]}
+                if entry.tasks is None or task in entry.tasks:
+                    cases.append(Case(name, model, json.dumps(settings)))
+    return cases
+
+
+CASES = _cases()
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def base_model(name: str) -> PreTrainedModel:
+    cls, config, _ = MODELS[name]
+    torch.manual_seed(0)
+    return cls(config).eval()
+
+
+def adapted(case: Case, seed: int = 7) -> Any:
+    task_type = "CAUSAL_LM" if case.model == "llama" else "SEQ_CLS"
+    model = base_model(case.model)
+    run = AdapterRun(model, task_type, None, seed, "example/base")
+    return case.entry.apply(case.config, run)
+
+
+def batch(case: Case) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 64, (4, 10), generator=generator)
+    labels = ids if case.model == "llama" else torch.arange(4) % LABELS
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+@torch.no_grad()
+def answers(case: Case, model: Any) -> torch.Tensor:
+    out: torch.Tensor = model.eval()(**batch(case)).logits
+    return out[:, -10:] if out.dim() == 3 else out
+
+
+@cache
+def trained(case: Case) -> tuple[Any, list[float]]:
+    """The model after some steps, and the loss before each and after the last."""
+    model = adapted(case)
+    learning_rate = max(case.entry.default_learning_rate, 5e-3)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    torch.manual_seed(2)
+    losses = []
+    for step in range(21):
+        model.train(step < 20)
+        loss = model(**batch(case)).loss
+        losses.append(loss.item())
+        if step < 20:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model, losses
+
+
+def base_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Clones of what the base brought: no adapter tensors, no trained copies."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    marks = ("lora_", "ia3_", "modules_to_save")
+    return {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if not any(mark in name for mark in marks)
+    }
+
+
+@pytest.mark.parametrize("name", catalogue.entries("adapters"))
+def test_every_field_says_what_it_means(name: str) -> None:
+    schema = catalogue.describe("adapters", name)["schema"]
+    silent = [k for k, v in schema.get("properties", {}).items() if not v.get("description")]
+    assert silent == []
+    assert schema["additionalProperties"] is False
+
+
+def test_the_shelf_is_read_without_torch() -> None:
+    code = (
+        "import sys; from tunery import catalogue\n"
+        "for name in catalogue.entries('adapters'): catalogue.describe('adapters', name)\n"
+        "print(sorted({'torch', 'peft', 'transformers'} & sys.modules.keys()))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@every_case
+def test_only_the_promised_parameters_train(case: Case) -> None:
+    _, config, _ = MODELS[case.model]
+    model = adapted(case)
+    total = sum(p.numel() for p in base_model(case.model).parameters())
+    labels = None if case.model == "llama" else LABELS
+    shape = shape_of(config.to_dict(), parameters=total).model_copy(update={"num_labels": labels})
+    if labels is not None:  # a base's own count has no classification head
+        head = 32 * LABELS + (LABELS if "bert" in case.model else 0)
+        shape = shape.model_copy(update={"parameters": total - head})
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counted == case.entry.trainable_parameters(case.config, shape)
+
+
+@every_case
+def test_a_fresh_adapter_answers_as_the_base_where_it_says_so(case: Case) -> None:
+    same = torch.allclose(
+        answers(case, adapted(case)), answers(case, base_model(case.model)), atol=1e-5
+    )
+    assert same is case.entry.starts_as_base(case.config)
+
+
+@every_case
+def test_the_seed_alone_decides_the_start(case: Case) -> None:
+    torch.manual_seed(100)
+    first = adapted(case).state_dict()
+    torch.manual_seed(200)
+    before = torch.get_rng_state()
+    second = adapted(case).state_dict()
+    base_model(case.model)
+    torch.manual_seed(200)
+    assert torch.equal(before, torch.get_rng_state())
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_case
+def test_training_lowers_the_loss_and_leaves_the_rest_alone(case: Case) -> None:
+    model, losses = trained(case)
+    assert losses[-1] < losses[0] - 1e-3
+    if case.adapter == "full":
+        return
+    before, after = base_tensors(adapted(case)), base_tensors(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    if getattr(case.config, "bias", "none") == "none":
+        assert moved == set()
+    else:
+        assert all(name.endswith("bias") for name in moved)
+    fresh = dict(adapted(case).named_parameters())
+    stuck = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and torch.equal(parameter, fresh[name])
+    ]
+    assert stuck == []
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.model == "llama"], ids=str)
+def test_switched_off_it_is_the_base_where_it_says_so(case: Case) -> None:
+    promised = case.entry.base_when_disabled(case.config)
+    if case.adapter == "full" or case.settings == json.dumps({"r": 4, "bias": "lora_only"}):
+        assert not promised  # cannot be switched off; PEFT itself warns of trained biases
+        return
+    model, _ = trained(case)
+    with model.disable_adapter():
+        off = answers(case, model)
+    same = torch.allclose(off, answers(case, base_model(case.model)), atol=1e-6)
+    assert same is promised
+
+
+@every_case
+def test_merged_weights_answer_alike(case: Case) -> None:
+    if not case.entry.mergeable:
+        pytest.skip("not mergeable")
+    model = adapted(case)
+    model.load_state_dict(trained(case)[0].state_dict())
+    expected = answers(case, model)
+    merged = model.merge_and_unload()
+    assert not isinstance(merged, PeftModel)
+    torch.testing.assert_close(answers(case, merged), expected, atol=1e-4, rtol=1e-4)
+
+
+LOAD = """
+import json, sys, torch, warnings
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+import tunery.adapters
+for line in json.loads(Path(sys.argv[1]).read_text()):
+    auto = AutoModelForCausalLM if line["model"] == "llama" else AutoModelForSequenceClassification
+    if line["adapter"] == "full":
+        model = auto.from_pretrained(line["folder"])
+    else:
+        model = PeftModel.from_pretrained(auto.from_pretrained(line["base"]), line["folder"])
+    batch = torch.load(line["batch"])
+    with torch.no_grad():
+        torch.save(model.eval()(**batch).logits, line["answer"])
+"""
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the answers of every case, given by models loaded in a fresh process."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name in MODELS:
+        base_model(name).save_pretrained(root / name)
+    lines = []
+    for case in CASES:
+        folder = root / case.folder
+        model, _ = trained(case)
+        options = {} if case.adapter == "full" else {"save_embedding_layers": False}
+        model.save_pretrained(folder, **options)
+        torch.save(batch(case), root / f"{case.folder}.batch")
+        lines.append(
+            {
+                "adapter": case.adapter,
+                "model": case.model,
+                "base": str(root / case.model),
+                "folder": str(folder),
+                "batch": str(root / f"{case.folder}.batch"),
+                "answer": str(root / f"{case.folder}.answer"),
+            }
+        )
+    (root / "cases.json").write_text(json.dumps(lines))
+    subprocess.run([sys.executable, "-c", LOAD, str(root / "cases.json")], check=True)
+    return root
+
+
+@every_case
+def test_a_fresh_process_loads_it_and_answers_alike(case: Case, reloaded: Path) -> None:
+    answer = torch.load(reloaded / f"{case.folder}.answer")
+    answer = answer[:, -10:] if answer.dim() == 3 else answer
+    torch.testing.assert_close(answer, answers(case, trained(case)[0]), atol=1e-5, rtol=1e-5)
+    if case.adapter != "full":
+        saved = json.loads((reloaded / case.folder / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == "example/base"
