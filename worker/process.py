@@ -1,0 +1,177 @@
+"""A trainer as the supervisor sees it: a few pipes, and a process id for the record."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunery.errors import WorkerLost
+from worker.lifeline import CHECKPOINT, CONTROL, KILL, RENEW, STOP, Descriptors, Order, Reason
+from worker.warm import start_cold, start_warm
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_COLD_WAIT_S = 30.0
+_LINE_BYTES = 1 << 20
+"""The longest event that is read."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a trainer ended."""
+
+    code: int | None
+    """Its exit code, minus the signal's number when it was killed; None: not known."""
+    reason: Reason | None
+    """None: the lifeline itself is gone."""
+    survivors: int = 0
+    """Processes that SIGKILL did not end in ten seconds."""
+
+
+class TrainerProcess:
+    """A running lifeline with its trainer. Made by `start`; the maker closes it."""
+
+    def __init__(
+        self,
+        control: int,
+        status: asyncio.StreamReader,
+        events: asyncio.StreamReader,
+        log: asyncio.StreamReader,
+        transports: Sequence[asyncio.ReadTransport],
+        child: subprocess.Popen[bytes] | None,
+    ) -> None:
+        self._control = control
+        self._status = status
+        self.events = events
+        self.log = log
+        self._transports = transports
+        self._child = child
+        self.trainer = 0
+        self.lifeline = 0
+
+    @property
+    def warm(self) -> bool:
+        """Whether it came from the warm pool."""
+        return self._child is None
+
+    @classmethod
+    async def start(
+        cls, order: Order, *, warm: Path | None, locks: Sequence[int] = (), warm_wait_s: float = 20
+    ) -> TrainerProcess:
+        """Start a lifeline: from the warm pool at the socket `warm`, or cold.
+
+        Args:
+            locks: descriptors that the lifeline holds open until the last process is gone.
+            warm_wait_s: patience with a pool that is still importing; then it goes cold.
+
+        Raises:
+            WorkerLost: this machine cannot start processes.
+        """
+        if warm is not None:
+            process = await cls._start(order, locks, warm)
+            if process is not None:
+                if await process._greeted(warm_wait_s):
+                    return process
+                # Its end of the control pipe is closed: should it come late, it ends at once.
+                await process.close()
+        process = await cls._start(order, locks, None)
+        if process is None or not await process._greeted(_COLD_WAIT_S):
+            raise WorkerLost("the trainer's lifeline did not start")
+        return process
+
+    @classmethod
+    async def _start(
+        cls, order: Order, locks: Sequence[int], warm: Path | None
+    ) -> TrainerProcess | None:
+        pipes = [os.pipe() for _ in range(4)]
+        control, *incoming = pipes
+        theirs = Descriptors.of([control[0], *(pipe[1] for pipe in incoming), *locks])
+        child = None
+        try:
+            if warm is None:
+                child = start_cold(order, theirs)
+            elif not await asyncio.to_thread(start_warm, warm, order, theirs):
+                for pipe in (control[1], *(pipe[0] for pipe in incoming)):
+                    os.close(pipe)
+                return None
+        finally:
+            for fd in (control[0], *(pipe[1] for pipe in incoming)):
+                os.close(fd)
+        os.set_blocking(control[1], False)
+        readers = [await _reader(pipe[0]) for pipe in incoming]
+        streams = [stream for stream, _ in readers]
+        return cls(
+            control[1], streams[0], streams[1], streams[2], [pipe for _, pipe in readers], child
+        )
+
+    async def _greeted(self, within_s: float) -> bool:
+        try:
+            line = await asyncio.wait_for(self._status.readline(), within_s)
+        except TimeoutError:
+            return False
+        if not line:
+            return False
+        hello = json.loads(line)
+        self.lifeline, self.trainer = hello["lifeline"], hello["trainer"]
+        return True
+
+    def renew(self, began: float) -> None:
+        """The heartbeat begun at `began` (`time.monotonic`) succeeded: live on."""
+        self._send(RENEW, began)
+
+    def stop(self) -> None:
+        """Ask for a resume checkpoint and an exit (SIGTERM)."""
+        self._send(STOP)
+
+    def checkpoint(self) -> None:
+        """Ask for a checkpoint (SIGUSR1)."""
+        self._send(CHECKPOINT)
+
+    def kill(self) -> None:
+        """Kill the whole group now."""
+        self._send(KILL)
+
+    def _send(self, letter: bytes, at: float | None = None) -> None:
+        # Broken: it has ended, and `wait` says how. Full: it hangs, and the dead-man is not fed.
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):
+            os.write(self._control, CONTROL.pack(letter, time.monotonic() if at is None else at))
+
+    async def wait(self) -> Exit:
+        """Wait until the whole group is gone. Events and log stay readable to their end."""
+        line = await self._status.readline()
+        if line:
+            said = json.loads(line)
+            end = Exit(said["exit"], Reason(said["reason"]), said["survivors"])
+        else:
+            # Somebody killed the lifeline. The trainer's leader dies with it; ranks may not.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.trainer, signal.SIGKILL)
+            end = Exit(None, None)
+        return end
+
+    async def close(self) -> None:
+        """Let go of the pipes; a lifeline that still runs kills its trainer."""
+        os.close(self._control)
+        for transport in self._transports:
+            transport.close()
+        if self._child is not None:
+            await asyncio.to_thread(self._child.wait)
+
+
+async def _reader(fd: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
+    """A stream over the reading end of a pipe; the transport closes it."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=_LINE_BYTES)
+    transport, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", buffering=0)
+    )
+    return reader, transport
