@@ -40,7 +40,7 @@ def register() -> str:
 def borders(batch: Batch) -> dict[str, Any]:
     """What a packed batch's forward pass is told beside its inputs.
 
-    The mask is a placeholder: transformers takes four axes for a finished mask and hands it through,
+    The mask is a placeholder: transformers takes four axes for a finished mask and hands it on,
     where it would otherwise look for restarting positions (a device read) and build T x T masks.
     """
     if batch.cu_seqlens is None:

@@ -1,0 +1,132 @@
+"""Text generation: the next token, by causal language models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunery.entries import EntryConfig, Task
+from tunery.errors import BaseModelUnavailable
+from tunery.evaluation.language import perplexity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunery.training.types import (
+        Batch,
+        EncodeOptions,
+        Example,
+        Layout,
+        LossOutput,
+        MethodRun,
+        TaskRuntime,
+    )
+
+
+class TextGenerationConfig(EntryConfig):
+    """Nothing to set: what is learnt is the method's business, how rows read the transforms'."""
+
+
+class TextGeneration:
+    name: ClassVar[str] = "text-generation"
+    title: ClassVar[str] = "Text generation"
+    summary: ClassVar[str] = "Chat, completion and plain text, by a causal language model."
+    paper: ClassVar[str | None] = None
+    Config: ClassVar[type[EntryConfig]] = TextGenerationConfig
+    example: ClassVar[Mapping[str, Any]] = {"type": "text-generation"}
+    formats: ClassVar[frozenset[str]] = frozenset(
+        {"chat", "prompt_completion", "text", "preference"}
+    )
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    default_metrics: ClassVar[tuple[str, ...]] = ("loss", "token_accuracy")
+    example_row: ClassVar[Mapping[str, Any]] = {
+        "messages": [
+            {"role": "user", "content": "Name a prime above ten."},
+            {"role": "assistant", "content": "Eleven."},
+        ]
+    }
+
+    def runtime(self, config: Any) -> TaskRuntime:
+        return Runtime()
+
+
+class Runtime:
+    """Documents of tokens in, losses of their supervised tokens out."""
+
+    peft_task_type = "CAUSAL_LM"
+    layouts: frozenset[Layout] = frozenset({"rows", "packed"})
+
+    def load_model(
+        self, path: Path, *, dtype: torch.dtype, labels: tuple[str, ...] | None, **options: Any
+    ) -> PreTrainedModel:
+        """The causal language model in `path`, from safetensors, running none of its code."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **options,
+            )
+        except (OSError, ValueError) as error:
+            raise BaseModelUnavailable(
+                f"no causal language model could be loaded ({type(error).__name__})",
+                hint="import the base model again; `tunery models list` shows what is there",
+            ) from error
+        model.train(False)
+        return model
+
+    def encode(
+        self,
+        row: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: EncodeOptions,
+        index: int,
+    ) -> Example:
+        from tunery.training.encoding import encode_row
+
+        return encode_row(row, tokenizer, options, index)
+
+    def collate(self, examples: Sequence[Example], *, layout: Layout, pad_id: int) -> Batch:
+        from tunery.training.collate import collate
+
+        return collate(examples, layout=layout, pad_id=pad_id)
+
+    def units(self, example: Example) -> float:
+        """Supervised tokens, each times its document's weight."""
+        return sum(document.supervised * document.weight for document in example.documents)
+
+    def supervised_loss(self, model: nn.Module, batch: Batch, run: MethodRun) -> LossOutput:
+        """Sum of the weighted negative log-likelihoods, and token accuracy."""
+        from tunery.training.types import LossOutput
+
+        losses = run.token_losses(model, batch)
+        weighted = losses.nll if batch.target_weights is None else losses.nll * batch.target_weights
+        count = losses.correct.new_full((), batch.supervised)
+        return LossOutput(
+            loss=weighted.sum(), sums={"mean_token_accuracy": (losses.correct.sum(), count)}
+        )
+
+    def metrics(
+        self,
+        names: Sequence[str],
+        loss: float,
+        sums: Mapping[str, float],
+        truths: Sequence[int],
+        predictions: Sequence[int],
+    ) -> dict[str, float]:
+        """`loss` in nats per token; perplexity is exp of it; token accuracy in 0..1."""
+        known = {"loss": loss, "perplexity": perplexity(loss)}
+        if "mean_token_accuracy" in sums:
+            known["token_accuracy"] = sums["mean_token_accuracy"]
+        return {name: known[name] for name in names if name in known}
+
+
+ENTRY: type[Task] = TextGeneration
