@@ -21,6 +21,8 @@ from core import settings as settings_module
 from core.artifacts.stores import open_store
 from core.db.engine import Database
 from core.jobs import reconciler
+from core.jobs.capability import BaseModels, Fleet
+from core.jobs.submission import Submitter
 from core.projects.keys import KeyRing
 from tunery import __version__
 from tunery.models import ModelStore
@@ -75,12 +77,14 @@ async def _running(settings: Settings) -> AsyncIterator[Service]:
     db = Database(settings.database_url.get_secret_value())
     broker = Broker(settings.broker_url.get_secret_value())
     keys = KeyRing(db)
+    models = ModelStore(settings.resolved_models_dir(), settings.hub_allowed)
     service = Service(
         settings=settings,
         db=db,
         store=open_store(settings),
         keys=keys,
-        models=ModelStore(settings.resolved_models_dir(), settings.hub_allowed),
+        models=models,
+        submitter=Submitter(db, BaseModels(models), Fleet(), settings),
         poke=asyncio.Event(),
         stopping=asyncio.Event(),
     )

@@ -6,16 +6,19 @@ a test walks the router and refuses a route that does neither.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
 from core.artifacts.stores import ArtifactStore
+from core.db import idempotency
 from core.db.engine import Database
+from core.jobs.submission import Submitter
 from core.projects.keys import KeyRing, Principal, Scope
 from core.settings import Settings
-from tunery.errors import PermissionDenied, Unauthenticated
+from tunery.errors import InvalidConfig, PermissionDenied, Unauthenticated
 from tunery.models import ModelStore  # noqa: TC001 - FastAPI reads annotations
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ class Service:
     store: ArtifactStore
     keys: KeyRing
     models: ModelStore
+    submitter: Submitter
     poke: asyncio.Event
     """Set after a commit that left work for the reconciler, so that it need not wait."""
     stopping: asyncio.Event
@@ -116,3 +120,48 @@ JobsWrite = Annotated[Principal, Depends(require("jobs:write"))]
 ArtifactsRead = Annotated[Principal, Depends(require("artifacts:read"))]
 LogsRead = Annotated[Principal, Depends(require("logs:read"))]
 Admin = Annotated[Principal, Depends(require("admin"))]
+
+
+async def json_body(request: Request) -> Any:
+    """The body as plain JSON; an empty one is None, whatever its content type says.
+
+    Raises:
+        InvalidConfig: not JSON. The text is not quoted: it may be training text.
+    """
+    raw = await request.body()
+    if not raw:
+        return None
+    try:
+        return json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise InvalidConfig("the body is not valid JSON", code="invalid_json") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+Body = Annotated[Any, Depends(json_body)]
+
+
+def attempt_of(request: Request, caller: Principal, route: str, body: Any) -> idempotency.Attempt:
+    """Which create this is a try of, by the headers that clients send.
+
+    Raises:
+        InvalidConfig: an idempotency key that is empty, too long or not printable.
+    """
+    headers = request.headers
+    key = headers.get("idempotency-key") or headers.get("x-idempotency-key")
+    if key is not None and not (len(key) <= 255 and key.isascii() and key.isprintable()):
+        raise InvalidConfig(
+            "Idempotency-Key: 1 to 255 printable characters are expected", param="Idempotency-Key"
+        )
+    retries = headers.get("x-stainless-retry-count", "0")
+    return idempotency.Attempt.of(
+        project_id=caller.project_id,
+        api_key_id=caller.key_id,
+        route=route,
+        key=key,
+        retries=int(retries) if retries.isdecimal() and len(retries) < 6 else 0,
+        body=body,
+    )

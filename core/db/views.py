@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from sqlalchemy import Double, and_, bindparam, case, cast, func, null, or_, select
 from sqlalchemy.orm import aliased
 
-from core.db.tables import CheckpointRow, FileRow, JobRow
+from core.db.tables import CheckpointRow, FileRow, JobEventRow, JobRow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -366,3 +366,78 @@ def of_new_row(row: JobRow, *, training_file: str, validation_file: str | None) 
         best_checkpoint=None,
         position=None,
     )
+
+
+async def jobs_by_worker(session: AsyncSession) -> dict[str, list[str]]:
+    """Public ids of the jobs that each worker holds, by the worker's name."""
+    rows = await session.execute(
+        select(JobRow.worker, JobRow.public_id).where(JobRow.owner.is_not(None)).order_by(JobRow.id)
+    )
+    held: dict[str, list[str]] = {}
+    for worker, public_id in rows:
+        held.setdefault(worker or "", []).append(public_id)
+    return held
+
+
+async def event_seq(session: AsyncSession, job: int, public_id: str) -> int | None:
+    """The place of an event in its job's history."""
+    found: int | None = await session.scalar(
+        select(JobEventRow.seq).where(JobEventRow.job_id == job, JobEventRow.public_id == public_id)
+    )
+    return found
+
+
+_HAS_EXPORT = CheckpointRow.kinds.contains(["export"])
+_KEPT = and_(CheckpointRow.deleted_at.is_(None), CheckpointRow.corrupt_at.is_(None))
+
+
+async def checkpoints(
+    session: AsyncSession,
+    job: int,
+    *,
+    after: str | None,
+    limit: int,
+    order: Literal["asc", "desc"],
+) -> list[CheckpointRow] | None:
+    """A page of a job's checkpoints, beginning behind `after`; None if that is unknown."""
+    query = select(CheckpointRow).where(CheckpointRow.job_id == job)
+    if after is not None:
+        cursor = await session.scalar(
+            select(CheckpointRow.id).where(
+                CheckpointRow.job_id == job, CheckpointRow.public_id == after
+            )
+        )
+        if cursor is None:
+            return None
+        query = query.where(
+            CheckpointRow.id > cursor if order == "asc" else CheckpointRow.id < cursor
+        )
+    by_age = CheckpointRow.id.asc() if order == "asc" else CheckpointRow.id.desc()
+    return list(await session.scalars(query.order_by(by_age).limit(limit)))
+
+
+async def best_checkpoint(session: AsyncSession, job: int) -> str | None:
+    """Public id of the export with the lowest validation loss; without one, of the newest."""
+    found: str | None = await session.scalar(
+        select(CheckpointRow.public_id)
+        .where(CheckpointRow.job_id == job, _HAS_EXPORT, _KEPT)
+        .order_by(*_best_first(CheckpointRow))
+        .limit(1)
+    )
+    return found
+
+
+async def checkpoint(session: AsyncSession, job: int, which: str) -> CheckpointRow | None:
+    """One checkpoint of a job, by id or as `latest`, `best` (of the exports) or `step-<n>`."""
+    query = select(CheckpointRow).where(CheckpointRow.job_id == job)
+    newest = CheckpointRow.id.desc()
+    if which == "latest":
+        query = query.where(_HAS_EXPORT, _KEPT).order_by(newest)
+    elif which == "best":
+        query = query.where(_HAS_EXPORT, _KEPT).order_by(*_best_first(CheckpointRow))
+    elif which.startswith("step-") and which[5:].isdecimal() and len(which) < 20:
+        query = query.where(CheckpointRow.step == int(which[5:]), _KEPT).order_by(newest)
+    else:
+        query = query.where(CheckpointRow.public_id == which)
+    found: CheckpointRow | None = await session.scalar(query.limit(1))
+    return found
