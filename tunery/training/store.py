@@ -5,7 +5,7 @@ every rank of this one map the same pages instead of tokenising again.
 
     <cache>/<key>/input_ids.npy learnt.npy      one number per token
                   document_ends.npy document_weights.npy
-                  example_ends.npy targets.npy indices.npy units.npy
+                  example_ends.npy targets.npy indices.npy supervised.npy units.npy
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _ARRAYS = {
     "example_ends": np.int64,
     "targets": np.int64,
     "indices": np.int64,
+    "supervised": np.int64,
     "units": np.float64,
 }
 _NO_TARGET = -1
@@ -54,6 +55,7 @@ class TokenStore:
         self._targets: np.ndarray
         self._indices: np.ndarray
         self._units: np.ndarray
+        self._supervised: np.ndarray
         lengths = np.diff(self._document_ends, prepend=0)
         starts = np.concatenate([[0], self._example_ends[:-1]]).astype(np.int64)
         empty = len(self) == 0
@@ -63,6 +65,8 @@ class TokenStore:
         """Tokens of each example's longest document: int64 (N,)."""
         self.tokens: np.ndarray = lengths if empty else np.add.reduceat(lengths, starts)
         """Tokens of each example: int64 (N,)."""
+        self.supervised: np.ndarray = np.asarray(self._supervised)
+        """Tokens of each example that are predicted and scored: int64 (N,)."""
         self.units: np.ndarray = np.asarray(self._units)
         """Share of each example in the loss's denominator: float64 (N,)."""
 
@@ -93,12 +97,6 @@ class TokenStore:
     @property
     def total_tokens(self) -> int:
         return len(self._input_ids)
-
-    @property
-    def total_supervised(self) -> int:
-        """Tokens that are predicted and scored; each document's first never is."""
-        firsts = np.concatenate([[0], self._document_ends[:-1]]).astype(np.int64)
-        return int(self._learnt.sum()) - int(self._learnt[firsts].sum())
 
 
 def cache_key(parts: Any) -> str:
@@ -148,6 +146,7 @@ def _write(examples: Iterable[Example], units: Callable[[Example], float], folde
         columns["example_ends"].append(document_count)
         columns["targets"].append(_NO_TARGET if example.target is None else example.target)
         columns["indices"].append(example.index)
+        columns["supervised"].append(sum(document.supervised for document in example.documents))
         columns["units"].append(units(example))
     if not example_count:
         raise InvalidData("the file has no examples", code="invalid_n_examples")

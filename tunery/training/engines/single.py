@@ -1,0 +1,81 @@
+"""One rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from safetensors.torch import load_file, save_file
+
+from tunery.training.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from tunery.training.optimizer import OptimizerSettings
+
+T = TypeVar("T")
+STRATEGIES = frozenset({"single"})
+STATE = "optimizer.safetensors"
+
+
+class SingleEngine:
+    """No wrapper, no communication."""
+
+    rank = 0
+    world = 1
+    even = False
+    model: nn.Module
+
+    def start(self, device: torch.device) -> None:
+        """Nobody to join."""
+
+    def prepare(self, model: nn.Module, settings: OptimizerSettings) -> None:
+        self.model = model
+        self.optimizer = Optimizer(model.named_parameters(), settings)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> Tensor:
+        return self.optimizer.step()
+
+    def discard(self) -> None:
+        self.optimizer.discard()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.learning_rate
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]:
+        return flags
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def weights(self) -> dict[str, Tensor]:
+        return {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def snapshot(self) -> Callable[[Path], None]:
+        state = self.optimizer.state()
+        return lambda folder: save_file(state, folder / STATE)
+
+    def restore(self, folder: Path, steps: int) -> None:
+        self.optimizer.load(load_file(folder / STATE), steps)
+
+    def close(self) -> None:
+        """Nobody to leave."""
+
+
+def make(strategy: str) -> SingleEngine:
+    return SingleEngine()
