@@ -71,6 +71,9 @@ class Compute(_Frozen):
         ge=8,
         description="Tokens a micro-batch may hold on one rank; memory, not mathematics.",
     )
+    without: tuple[str, ...] = Field(
+        (), description="Optimisations to leave out, by their names in `features`; to compare."
+    )
 
 
 class Evaluation(_Frozen):
