@@ -226,7 +226,7 @@ class JobRow(Base):
         ForeignKey("checkpoints.id", use_alter=True, name="jobs_final_checkpoint")
     )
     result_file_id: Mapped[int | None] = mapped_column(ForeignKey("files.id"))
-    last_event_seq: Mapped[int] = mapped_column(server_default=text("0"))
+    last_event_seq: Mapped[int] = mapped_column(server_default=text("1"))  # 1: its creation
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     finished_at: Mapped[datetime | None]
 

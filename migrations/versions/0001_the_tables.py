@@ -381,7 +381,7 @@ def _jobs() -> None:
         sa.Column("fine_tuned_model", sa.Text(), nullable=True),
         sa.Column("final_checkpoint_id", sa.BigInteger(), nullable=True),
         sa.Column("result_file_id", sa.BigInteger(), nullable=True),
-        sa.Column("last_event_seq", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("last_event_seq", sa.BigInteger(), server_default=sa.text("1"), nullable=False),
         sa.Column(
             "created_at", postgresql.TIMESTAMP(timezone=True), server_default=NOW, nullable=False
         ),
