@@ -1,4 +1,7 @@
-"""Bringing a database to the schema of this version. Synchronous: run it in a thread."""
+"""Bringing a database to the schema of this version. Synchronous: run it in a thread.
+
+`python -m core.db.migrate` does it for the database of the settings, and ends.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
+
+from core.settings import settings
 
 # Alembic keeps its context in module globals.
 _ONE_AT_A_TIME = threading.Lock()
@@ -52,3 +57,7 @@ def is_current(database_url: str) -> bool:
             return MigrationContext.configure(connection).get_current_revision() == head
     finally:
         engine.dispose()
+
+
+if __name__ == "__main__":
+    upgrade(settings().database_url.get_secret_value())
