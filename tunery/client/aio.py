@@ -258,7 +258,7 @@ class AsyncCheckpoints:
                     async with self._client.stream(path, headers=landing.headers) as response:
                         if response.status_code != 206:
                             landing.restart()
-                        async for chunk in response.aiter_bytes(1 << 18):
+                        async for chunk in response.aiter_bytes():
                             landing.write(chunk)
             except ServiceUnavailable:
                 if attempt == wire.ATTEMPTS:

@@ -311,7 +311,7 @@ class Checkpoints:
                 ):
                     if response.status_code != 206:
                         landing.restart()
-                    for chunk in response.iter_bytes(1 << 18):
+                    for chunk in response.iter_bytes():
                         landing.write(chunk)
                         progress(file.path, landing.offset, file.bytes)
             except ServiceUnavailable:
