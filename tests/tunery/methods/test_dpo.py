@@ -1,0 +1,252 @@
+"""DPO: by hand, by gradient, by refusal, and step for step against TRL."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from pydantic import ValidationError
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig as TrlConfig
+from trl import DPOTrainer
+
+from tunery import catalogue
+from tunery.errors import InvalidConfig
+from tunery.methods.dpo import Dpo, DpoConfig, dpo_loss
+from tunery.training.losses import TokenLossComputer
+from tunery.training.types import (
+    AdapterRun,
+    Batch,
+    Document,
+    EncodeOptions,
+    Example,
+    MethodRun,
+)
+
+STEPS = 4
+RATE = 5e-3
+BETA = 0.3
+
+
+def logps(*values: float) -> torch.Tensor:
+    return torch.tensor(values, requires_grad=True)
+
+
+def test_a_pair_by_hand() -> None:
+    # margin = (-1 - -2) - (-4 - -3) = 1 - -1 = 2; at beta 0.5 the loss is log(1 + e^-1).
+    given = [torch.tensor([value]) for value in (-1.0, -4.0, -2.0, -3.0)]
+    assert dpo_loss(*given, beta=0.5).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    smoothed = dpo_loss(*given, beta=0.5, label_smoothing=0.25).item()
+    by_hand = 0.75 * math.log(1 + math.exp(-1)) + 0.25 * math.log(1 + math.exp(1))
+    assert smoothed == pytest.approx(by_hand)
+
+
+def test_the_untrained_model_loses_log_two() -> None:
+    same = torch.tensor([-3.0, -500.0])
+    assert torch.allclose(dpo_loss(same, same, same, same, beta=5.0), torch.tensor(math.log(2)))
+
+
+def test_descent_raises_the_preferred_and_lowers_the_other() -> None:
+    chosen, rejected = logps(-1.0, -2.0), logps(-1.0, -1.0)
+    reference = torch.tensor([-1.0, -1.0])
+    dpo_loss(chosen, rejected, reference, reference, beta=0.1).sum().backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert (chosen.grad < 0).all()
+    assert torch.equal(rejected.grad, -chosen.grad)
+    # The pair that is ordered wrongly pulls harder.
+    assert chosen.grad[1].abs() > chosen.grad[0].abs()
+
+
+def test_batches_of_different_shapes_are_refused() -> None:
+    one, two = torch.zeros(1), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"different shapes: \[\(1,\), \(2,\)\]"):
+        dpo_loss(one, two, one, one, beta=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"beta": 0}, {"beta": -1}, {"label_smoothing": 0.5}, {"loss": "ipo"}]
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        DpoConfig(**settings)
+
+
+def test_a_row_that_is_no_pair_is_refused() -> None:
+    single = Example((Document(np.array([1, 2]), np.array([1, 2])),), None, 4)
+    objective = Dpo().objective(DpoConfig(), method_run(None, None))
+    with pytest.raises(InvalidConfig, match="row 4 is not a pair"):
+        objective.units(single)
+
+
+# ---- against TRL -------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIALS = ["<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>"]
+PAIRS = [
+    ("Is it open on Sunday?", "Yes, from ten to four.", "No idea."),
+    ("Name a prime.", "Seven.", "Eight is prime, I am quite sure of it."),
+    ("Say hi", "Hi!", "Go away"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", chat_template=TEMPLATE
+    )
+    return fast
+
+
+def policy(adapter: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    torch.manual_seed(3)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    entry = catalogue.find("adapters", adapter)
+    model = entry.apply(entry.Config(), AdapterRun(base, "CAUSAL_LM", tokenizer, 0, "example/base"))
+    return model
+
+
+def turn(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def method_run(model: Any, base: Any) -> MethodRun:
+    return MethodRun(
+        task=catalogue.find("tasks", "text-generation").runtime(None),
+        token_losses=TokenLossComputer(base) if base is not None else lambda *_: None,  # type: ignore[arg-type,return-value]
+        reference=getattr(model, "disable_adapter", None),
+        seed=0,
+    )
+
+
+def our_batch(tokenizer: PreTrainedTokenizerFast) -> Batch:
+    task = catalogue.find("tasks", "text-generation").runtime(None)
+    rows = [
+        {
+            "input": {"messages": turn("user", prompt)},
+            "preferred_output": turn("assistant", good),
+            "non_preferred_output": turn("assistant", bad),
+        }
+        for prompt, good, bad in PAIRS
+    ]
+    options = EncodeOptions(format="preference", max_length=128)
+    examples = [task.encode(row, tokenizer, options, i) for i, row in enumerate(rows)]
+    return task.collate(examples, layout="rows", pad_id=tokenizer.pad_token_id)
+
+
+def our_run(model: Any, tokenizer: Any, **settings: Any) -> list[dict[str, float]]:
+    """Metrics of each step: the whole file is one batch, plain AdamW at a constant rate."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    objective = Dpo().objective(DpoConfig(beta=BETA, **settings), method_run(model, base))
+    batch = our_batch(tokenizer)
+    objective.prepare(model, [batch])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    model.train()
+    seen = []
+    for _ in range(STEPS):
+        out = objective.loss(model, batch)
+        loss = out.loss / len(PAIRS)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values = {name: (total / count).item() for name, (total, count) in out.sums.items()}
+        seen.append({"loss": loss.item(), **values})
+    return seen
+
+
+def trl_run(model: Any, tokenizer: Any, folder: Path) -> list[dict[str, float]]:
+    rows = [
+        {
+            "prompt": turn("user", p),
+            "chosen": turn("assistant", c),
+            "rejected": turn("assistant", r),
+        }
+        for p, c, r in PAIRS
+    ]
+    settings = TrlConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=len(PAIRS),
+        max_steps=STEPS,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        beta=BETA,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=None if hasattr(model, "disable_adapter") else copy.deepcopy(model),
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_every_step_is_that_of_trl(adapter: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = policy(adapter, tokenizer)
+    theirs = trl_run(copy.deepcopy(model), tokenizer, tmp_path)
+    ours = our_run(model, tokenizer)
+    assert [entry["loss"] for entry in ours] == pytest.approx(
+        [entry["loss"] for entry in theirs], abs=1e-5
+    )
+    assert ours[-1]["loss"] < ours[0]["loss"] - 0.01
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert ours[-1][name] == pytest.approx(theirs[-1][name], abs=1e-4)
+
+
+def test_a_remembered_reference_gives_the_same_run(tokenizer: Any) -> None:
+    asked = our_run(policy("lora", tokenizer), tokenizer)
+    remembered = our_run(policy("lora", tokenizer), tokenizer, precompute_ref_log_probs=True)
+    assert [e["loss"] for e in asked] == pytest.approx([e["loss"] for e in remembered], abs=1e-6)
+
+
+def test_dropout_is_off_unless_asked_for(tokenizer: Any) -> None:
+    entry = catalogue.find("adapters", "lora")
+    model = policy("full", tokenizer)
+    run = AdapterRun(model, "CAUSAL_LM", tokenizer, 0, "example/base")
+    model = entry.apply(entry.Config(lora_dropout=0.5), run)
+    rates = lambda: {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}  # noqa: E731
+    objective = Dpo().objective(DpoConfig(disable_dropout=False), method_run(model, None))
+    objective.prepare(model, [])
+    assert rates() == {0.5}
+    Dpo().objective(DpoConfig(), method_run(model, None)).prepare(model, [])
+    assert rates() == {0.0}
