@@ -118,6 +118,15 @@ def segments(key: str) -> list[str]:
     return parts
 
 
+def folder_segments(prefix: str) -> list[str]:
+    """The parts of a folder's name, which may end in a slash.
+
+    Raises:
+        InvalidConfig: see `segments`.
+    """
+    return segments(prefix.removesuffix("/"))
+
+
 def missing(key: str) -> NotFound:
     """The error that says that no such key exists."""
     return NotFound(f"the artifact store has no {key}", code="artifact_not_found")

@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote
 
-from core.artifacts.stores import CHUNK_BYTES, INCOMING, ArtifactStore, missing, segments
+from core.artifacts.stores import (
+    CHUNK_BYTES,
+    INCOMING,
+    ArtifactStore,
+    folder_segments,
+    missing,
+    segments,
+)
 from tunery.errors import Conflict, InvalidConfig, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -96,7 +103,7 @@ class FileStore:
         return await asyncio.to_thread(measure)
 
     async def list(self, prefix: str) -> AsyncIterator[str]:
-        for key in await asyncio.to_thread(self._list, segments(prefix)):
+        for key in await asyncio.to_thread(self._list, folder_segments(prefix)):
             yield key
 
     async def delete(self, key: str) -> None:
@@ -114,7 +121,7 @@ class FileStore:
         await asyncio.to_thread(remove)
 
     async def delete_prefix(self, prefix: str) -> int:
-        parts = segments(prefix)
+        parts = folder_segments(prefix)
 
         def remove() -> int:
             with _explained():
@@ -257,7 +264,7 @@ def _copy(source: Path, target: BinaryIO) -> int:
     return size
 
 
-def _open_folder(root: Path, parts: list[str], *, create: bool = False) -> int:
+def _open_folder(root: Path, parts: Sequence[str], *, create: bool = False) -> int:
     """A descriptor of a folder below `root`, reached without following any link there."""
     if create:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -285,7 +292,7 @@ def _step(parent: int, name: str, create: bool) -> int:
 
 
 @contextlib.contextmanager
-def _folder(root: Path, parts: list[str], *, create: bool = False) -> Iterator[int]:
+def _folder(root: Path, parts: Sequence[str], *, create: bool = False) -> Iterator[int]:
     fd = _open_folder(root, parts, create=create)
     try:
         yield fd

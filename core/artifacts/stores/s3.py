@@ -18,7 +18,14 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 from obstore.store import S3Store as Bucket
 
-from core.artifacts.stores import CHUNK_BYTES, INCOMING, ArtifactStore, missing, segments
+from core.artifacts.stores import (
+    CHUNK_BYTES,
+    INCOMING,
+    ArtifactStore,
+    folder_segments,
+    missing,
+    segments,
+)
 from tunery.errors import Conflict, StoreUnavailable, TooLarge
 
 if TYPE_CHECKING:
@@ -137,7 +144,7 @@ class S3Store:
             return int((await obstore.head_async(self._bucket, key))["size"])
 
     async def list(self, prefix: str) -> AsyncIterator[str]:
-        folder = "/".join(segments(prefix))
+        folder = "/".join(folder_segments(prefix))
         stream = aiter(obstore.list(self._bucket, folder))
         while True:
             with _explained(folder):

@@ -303,7 +303,7 @@ async def test_a_missing_key_is_not_found(store: ArtifactStore) -> None:
         "a/../../up",
         "a/./b",
         "a//b",
-        "a/",
+        "a//",
         ".incoming/x",
         "a/.hidden",
         "a\\b",
@@ -357,6 +357,8 @@ async def test_deleting_a_folder_spares_its_neighbours(store: ArtifactStore) -> 
     assert await store.delete_prefix("p/a") == 0
     assert await keys(store, "p") == ["p/ab/3"]
     await store.put("p/a/1", chunks(b"again"))
+    assert await keys(store, "p/a/") == ["p/a/1"]
+    assert await store.delete_prefix("p/a/") == 1
 
 
 async def test_ping_answers(store: ArtifactStore) -> None:
