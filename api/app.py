@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
 
 from core.broker import Broker
 from fastapi import APIRouter, FastAPI
@@ -29,6 +31,7 @@ from tunery.models import ModelStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from types import FrameType
 
     from core.settings import Settings
 
@@ -82,12 +85,14 @@ async def _running(settings: Settings) -> AsyncIterator[Service]:
         settings=settings,
         db=db,
         store=open_store(settings),
+        broker=broker,
         keys=keys,
         models=models,
         submitter=Submitter(db, BaseModels(models), Fleet(), settings),
         poke=asyncio.Event(),
         stopping=asyncio.Event(),
     )
+    _stop_with_signals(service.stopping)
     tasks = [
         asyncio.create_task(
             reconciler.run(db, broker, settings, service.stopping, service.poke), name="reconciler"
@@ -103,3 +108,25 @@ async def _running(settings: Settings) -> AsyncIterator[Service]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await db.close()
+
+
+def _stop_with_signals(stopping: asyncio.Event) -> None:
+    """End event streams when the process is told to stop.
+
+    The server waits for open responses before it ends the lifespan, and a stream that follows a
+    job would keep it waiting: so `stopping` is set by the signal itself, before the server's own
+    handler. Only the main thread may do this; elsewhere there are no signals to hear.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.getsignal(number)
+
+        def stop(number: int, frame: FrameType | None, before: Any = before) -> None:
+            loop.call_soon_threadsafe(stopping.set)
+            if callable(before):
+                before(number, frame)
+
+        if callable(before):
+            signal.signal(number, stop)

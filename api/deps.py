@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 
 from core.artifacts.stores import ArtifactStore
+from core.broker import Broker
 from core.db import idempotency
 from core.db.engine import Database
 from core.jobs.submission import Submitter
 from core.projects.keys import KeyRing, Principal, Scope
 from core.settings import Settings
 from tunery.errors import InvalidConfig, PermissionDenied, Unauthenticated
-from tunery.models import ModelStore  # noqa: TC001 - FastAPI reads annotations
+from tunery.models import ModelStore
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,6 +33,7 @@ class Service:
     settings: Settings
     db: Database
     store: ArtifactStore
+    broker: Broker
     keys: KeyRing
     models: ModelStore
     submitter: Submitter

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 
-def exposition(
-    jobs: Mapping[tuple[str, str], int], queues: Sequence[Mapping[str, Any]]
-) -> bytes:
+def exposition(jobs: Mapping[tuple[str, str], int], queues: Sequence[Mapping[str, Any]]) -> bytes:
     """What `GET /metrics` answers.
 
     Args:
@@ -29,7 +27,7 @@ def exposition(
         queues: rows of `core.db.views.queue_depths`.
     """
     registry = CollectorRegistry()
-    registry.register(_Tables(jobs, queues))  # type: ignore[arg-type]
+    registry.register(_Tables(jobs, queues))
     return generate_latest(registry)
 
 

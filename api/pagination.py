@@ -1,7 +1,7 @@
 """Cursor pages as the stock clients walk them: `after` is the last item's id, `has_more` decides.
 
-A page is read with one row more than asked; that row's presence is `has_more`. Cursors name rows,
-not offsets, so inserts while somebody pages shift nothing.
+A page is read with one row more than asked; that row's presence is `has_more`, so it is never
+missing and never wrong. Cursors name rows, not offsets: inserts while somebody pages shift nothing.
 """
 
 from __future__ import annotations
@@ -49,13 +49,12 @@ def order_of(raw: str | None, *, default: Order = "desc") -> Order:
     return known[raw]
 
 
-def page(items: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
-    """The list envelope of up to `limit` of the items; the caller read `limit` + 1."""
-    shown = list(items[:limit])
+def page(items: Sequence[Mapping[str, Any]], *, more: bool) -> dict[str, Any]:
+    """The list envelope."""
     return {
         "object": "list",
-        "data": shown,
-        "has_more": len(items) > limit,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
+        "data": list(items),
+        "has_more": more,
+        "first_id": items[0]["id"] if items else None,
+        "last_id": items[-1]["id"] if items else None,
     }

@@ -14,8 +14,8 @@ from api.deps import Body, JobsRead, JobsWrite, Parts, attempt_of
 from api.pagination import limit_of, order_of, page
 from core.db import job_edits, views
 from core.db.jobs import JobRepository
-from core.jobs.state import states_of
-from core.jobs.view import STATUS, job_object
+from core.jobs.state import STATUS, State, states_of
+from core.jobs.view import job_object
 from tunery.errors import InvalidConfig, NotFound
 from tunery.request import check_metadata
 
@@ -79,7 +79,8 @@ async def list_jobs(
         )
     if found is None:
         raise InvalidConfig(f"after: there is no job {after!r}", param="after")
-    return JSONResponse(page([job_object(view, caller.project) for view in found], size))
+    shown = [job_object(view, caller.project) for view in found[:size]]
+    return JSONResponse(page(shown, more=len(found) > size))
 
 
 @router.get("/{job_id}")
@@ -113,10 +114,15 @@ async def pause(caller: JobsWrite, parts: Parts, job_id: str) -> Response:
 
 
 @router.post("/{job_id}/resume")
-async def resume(caller: JobsWrite, parts: Parts, job_id: str) -> Response:
-    """Let a paused job, or one created with `start: "manual"`, wait for a worker again."""
+async def resume(caller: JobsWrite, parts: Parts, job_id: str, body: Body) -> Response:
+    """Let a paused job, or one created with `start: "manual"`, wait for a worker again.
+
+    The body may be empty, or `{"ext": {"max_extra_attempts": n}}`.
+    """
+    extra = _extra_attempts(body)
     async with parts.db.begin() as session:
-        found = await JobRepository(session, caller.project_id).resume(job_id)
+        jobs = JobRepository(session, caller.project_id)
+        found = await jobs.resume(job_id, max_extra_errors=extra)
         response = await _shown(session, caller, job_id, found is not None)
     parts.poke.set()
     return response
@@ -152,8 +158,8 @@ async def _changed(
     """The job once its status differs from `view`'s, or as it is after `wait_s`."""
     clock = asyncio.get_running_loop().time
     until = clock() + wait_s
-    before = view.state
-    while STATUS[view.state] == STATUS[before] and clock() < until and not parts.stopping.is_set():
+    before = STATUS[State(view.state)]
+    while STATUS[State(view.state)] == before and clock() < until and not parts.stopping.is_set():
         await asyncio.sleep(min(LOOK_EVERY_S, max(0.0, until - clock())))
         view = await _find(parts, caller, view.public_id)
     return view
@@ -194,6 +200,25 @@ def _seconds(query: Mapping[str, str], name: str) -> float | None:
     if not re.fullmatch(r"\d{1,12}(\.\d{1,6})?", raw):
         raise InvalidConfig(f"{name}: unix seconds are expected", param=name)
     return float(raw)
+
+
+def _extra_attempts(body: Any) -> int:
+    if body is None or body == {}:
+        return 0
+    ext = body.get("ext", {}) if isinstance(body, dict) else None
+    if not isinstance(ext, dict) or set(body) != {"ext"} or set(ext) - {"max_extra_attempts"}:
+        raise InvalidConfig(
+            "a resume takes nothing but ext.max_extra_attempts",
+            code="unknown_parameter",
+            param="ext",
+        )
+    extra = ext.get("max_extra_attempts", 0)
+    if type(extra) is not int or not 0 <= extra <= 20:
+        raise InvalidConfig(
+            "ext.max_extra_attempts: an integer from 0 to 20 is expected",
+            param="ext.max_extra_attempts",
+        )
+    return extra
 
 
 def _changes(body: Any) -> dict[str, Any]:

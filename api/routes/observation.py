@@ -45,6 +45,9 @@ OPENAI_COLUMNS = (
     "valid_loss",
     "valid_mean_token_accuracy",
 )
+OPENAI_NAMES = {"train_mean_token_accuracy": "train_accuracy"}
+DEFAULT_RESOLUTION = 500
+MOST_BUCKETS = 5000
 
 
 @router.get("/events")
@@ -64,17 +67,19 @@ async def list_events(
     direction = order_of(order, default="asc" if since_id else "desc")
     async with parts.db.session() as session:
         job = await _head(session, caller, job_id)
-        cursor = await _seq(session, job.id, "since_id" if since_id else "after", since_id or after)
-        rows = await events.list_events(
+        found = await events.list_events(
             session,
             job.id,
-            after=cursor,
-            limit=size + 1,
+            after=since_id or after,
+            limit=size,
             order=direction,
             type=type,
             level=level,
         )
-    return JSONResponse(page([event_object(row) for row in rows], size))
+    if found is None:
+        raise _no_event("since_id" if since_id else "after")
+    rows, more = found
+    return JSONResponse(page([event_object(row) for row in rows], more=more))
 
 
 @router.get("/events/stream")
@@ -88,7 +93,9 @@ async def stream_events(
     last = request.headers.get("last-event-id") or after
     async with parts.db.session() as session:
         job = await _head(session, caller, job_id)
-        seq = await _seq(session, job.id, "after", last) or 0
+        seq = 0 if last is None else await events.seq_of(session, job.id, last)
+    if seq is None:
+        raise _no_event("after")
 
     async def newer(seq: int) -> tuple[list[bytes], int, bool]:
         async with parts.db.session() as session:
@@ -123,16 +130,33 @@ async def read_metrics(
     `resolution` is the number of buckets wanted: each is shown by its first, smallest, largest and
     last logged point, so that nothing is drawn that was not measured.
     """
-    wanted = [key for key in (keys or "").split(",") if key] or None
     async with parts.db.session() as session:
         job = await _head(session, caller, job_id)
         if format == "csv" or "text/csv" in request.headers.get("accept", ""):
-            rows = await metrics.rows(session, job.id)
-            return Response(_csv(rows), media_type="text/csv; charset=utf-8")
+            text = await _csv(session, job.id)
+            return Response(text, media_type="text/csv; charset=utf-8")
         series = await metrics.series(
-            session, job.id, wanted, step_from, step_to, resolution or None
+            session,
+            job.id,
+            [key for key in (keys or "").split(",") if key] or None,
+            step_from,
+            step_to,
+            max(1, min(resolution or DEFAULT_RESOLUTION, MOST_BUCKETS)),
         )
-    return JSONResponse({"object": "fine_tuning.job.metrics", "job_id": job_id, "data": series})
+    return JSONResponse(
+        {
+            "object": "fine_tuning.job.metrics",
+            "job_id": job_id,
+            "data": {
+                key: {
+                    "steps": [point.step for point in points],
+                    "values": [point.value for point in points],
+                    "logged_at": [round(point.at.timestamp(), 3) for point in points],
+                }
+                for key, points in series.items()
+            },
+        }
+    )
 
 
 @router.get("/logs")
@@ -148,11 +172,15 @@ async def read_logs(
     async with parts.db.session() as session:
         job = await _head(session, caller, job_id)
         if after is None:
+            # A chunk has at least one line but for the longest ones.
             rows = await logs.tail(session, job.id, lines)
         else:
-            rows = await logs.after(session, job.id, _cursor(after), BATCH)
+            rows = await logs.after(session, job.id, _cursor(after), limit=BATCH)
+    text = "".join(row.text for row in rows)
+    if after is None:
+        text = "".join(text.splitlines(keepends=True)[-lines:])
     last = rows[-1].seq if rows else (0 if after is None else _cursor(after))
-    return PlainTextResponse("".join(row.text for row in rows), headers={"x-log-cursor": str(last)})
+    return PlainTextResponse(text, headers={"x-log-cursor": str(last)})
 
 
 @router.get("/logs/stream")
@@ -168,7 +196,7 @@ async def stream_logs(
     async def newer(seq: int) -> tuple[list[bytes], int, bool]:
         async with parts.db.session() as session:
             head = await _head(session, caller, job_id)
-            rows = await logs.after(session, job.id, seq, BATCH)
+            rows = await logs.after(session, job.id, seq, limit=BATCH)
         frames = [
             format_sse_event(
                 data_str=json.dumps(
@@ -190,14 +218,8 @@ async def _head(session: Any, caller: Principal, job_id: str) -> views.JobHead:
     return found
 
 
-async def _seq(session: Any, job: int, param: str, event_id: str | None) -> int | None:
-    """The place of an event in its job's history."""
-    if event_id is None:
-        return None
-    seq = await views.event_seq(session, job, event_id)
-    if seq is None:
-        raise InvalidConfig(f"{param}: the job has no event {event_id[:100]!r}", param=param)
-    return seq
+def _no_event(param: str) -> InvalidConfig:
+    return InvalidConfig(f"{param}: the job has no such event", param=param)
 
 
 def _cursor(raw: str) -> int:
@@ -235,19 +257,16 @@ def _stream(
     return StreamingResponse(frames(), media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
-def _csv(rows: list[tuple[int, dict[str, float]]]) -> str:
+async def _csv(session: Any, job: int) -> str:
     """OpenAI's five columns first, ours after, one line a step; what was not logged is empty."""
-    named = [(step, _openai_names(values)) for step, values in rows]
-    own = sorted({key for _, values in named for key in values} - set(OPENAI_COLUMNS))
+    logged = {OPENAI_NAMES.get(key, key) for key in await metrics.latest(session, job)}
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*OPENAI_COLUMNS, *own], lineterminator="\n")
+    writer = csv.DictWriter(
+        out, [*OPENAI_COLUMNS, *sorted(logged - set(OPENAI_COLUMNS))], lineterminator="\n"
+    )
     writer.writeheader()
-    writer.writerows({"step": step, **values} for step, values in named)
+    async for step, values in metrics.rows(session, job):
+        writer.writerow(
+            {"step": step, **{OPENAI_NAMES.get(key, key): value for key, value in values.items()}}
+        )
     return out.getvalue()
-
-
-def _openai_names(values: dict[str, float]) -> dict[str, float]:
-    renamed = dict(values)
-    if "train_mean_token_accuracy" in renamed:
-        renamed["train_accuracy"] = renamed.pop("train_mean_token_accuracy")
-    return renamed

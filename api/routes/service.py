@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from datetime import UTC, datetime
 from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,11 @@ from tunery.errors import NotFound
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from core.db.tables import WorkerRow
+    from api.deps import Service
 
 router = APIRouter(tags=["service"])
 
 PROBE_S = 2.0
-LOST_AFTER_S = 60.0
 SHOWN_PACKAGES = ("fastapi", "pydantic", "sqlalchemy", "celery")
 
 
@@ -107,68 +105,57 @@ async def quota(caller: JobsRead, parts: Parts) -> Response:
 
 @router.get("/v1/workers")
 async def list_workers(caller: Admin, parts: Parts) -> Response:
-    """Every worker that ever announced itself, newest heartbeat first."""
+    """Every worker that announced itself and did not stop in order."""
     async with parts.db.read() as session:
-        rows = await workers.list_workers(session)
-    async with parts.db.read() as session:
-        jobs = await views.jobs_by_worker(session)
-    shown = [_worker(row, jobs.get(row.name, [])) for row in rows]
-    return JSONResponse({"object": "list", "data": shown, "has_more": False})
+        found = await workers.list_workers(session)
+    data = [_worker(view) for view in found]
+    return JSONResponse({"object": "list", "data": data, "has_more": False})
 
 
 @router.get("/v1/workers/{worker_id}")
 async def retrieve_worker(caller: Admin, parts: Parts, worker_id: str) -> Response:
     """One worker."""
-    return JSONResponse(await _one(parts, worker_id))
+    return await _shown(parts, worker_id)
 
 
 @router.post("/v1/workers/{worker_id}/drain")
 async def drain(caller: Admin, parts: Parts, worker_id: str) -> Response:
-    """Have a worker hand back its jobs at their next checkpoint and take no more."""
-    return await _set_drain(parts, worker_id, wanted=True)
+    """Have a worker hand back its jobs at their next step and take no more."""
+    async with parts.db.begin() as session:
+        await workers.drain(session, worker_id)
+    return await _shown(parts, worker_id)
 
 
 @router.post("/v1/workers/{worker_id}/undrain")
 async def undrain(caller: Admin, parts: Parts, worker_id: str) -> Response:
     """Let a drained worker take work again."""
-    return await _set_drain(parts, worker_id, wanted=False)
-
-
-async def _set_drain(parts: Any, worker_id: str, *, wanted: bool) -> Response:
     async with parts.db.begin() as session:
-        await workers.set_drain(session, worker_id, wanted)
-    return JSONResponse(await _one(parts, worker_id))
+        await workers.undrain(session, worker_id)
+    return await _shown(parts, worker_id)
 
 
-async def _one(parts: Any, worker_id: str) -> dict[str, Any]:
+async def _shown(parts: Service, worker_id: str) -> Response:
     async with parts.db.read() as session:
-        rows = await workers.list_workers(session)
-    async with parts.db.read() as session:
-        jobs = await views.jobs_by_worker(session)
-    for row in rows:
-        if row.public_id == worker_id:
-            return _worker(row, jobs.get(row.name, []))
-    raise NotFound(f"there is no worker {worker_id[:100]!r}", code="worker_not_found")
+        found = await workers.get(session, worker_id)
+    if found is None:
+        raise NotFound(f"there is no worker {worker_id[:100]!r}", code="worker_not_found")
+    return JSONResponse(_worker(found))
 
 
-def _worker(row: WorkerRow, jobs: list[str]) -> dict[str, Any]:
-    silent_s = (datetime.now(UTC) - row.heartbeat_at).total_seconds()
-    if silent_s > LOST_AFTER_S:
-        status = "lost"
-    elif row.drain_requested_at is not None:
-        status = "draining"
-    else:
-        status = "busy" if jobs else "idle"
+def _worker(view: workers.WorkerView) -> dict[str, Any]:
+    row = view.row
     return {
         "id": row.public_id,
         "object": "worker",
         "name": row.name,
         "host": row.host,
-        "status": status,
+        "status": view.status,
         "gpus": row.devices,
         "queues": row.queues,
-        "job_ids": jobs,
+        "job_id": view.jobs[0] if view.jobs else None,
+        "job_ids": list(view.jobs),
         "heartbeat_at": unix(row.heartbeat_at),
+        "silent_s": round(view.silent_s, 1),
         "started_at": unix(row.started_at),
         "drain_requested_at": unix_or_none(row.drain_requested_at),
         "versions": row.versions,

@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from core.db import checkpoints
+from core.db.job_edits import mark_export_deleted
 from core.jobs.view import EXPORT, export_files
 from tunery.errors import InvalidConfig, NotFound
 
@@ -86,5 +86,5 @@ async def delete_export(db: Database, store: ArtifactStore, model: Model) -> Non
     that cannot be loaded.
     """
     async with db.begin() as session:
-        await checkpoints.mark_deleted(session, model.checkpoint_id)
+        await mark_export_deleted(session, model.checkpoint_id)
     await store.delete_prefix(f"{model.prefix.rstrip('/')}/{EXPORT.rstrip('/')}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
-from core.db.tables import JobRow
+from core.db.tables import CheckpointRow, JobRow
 from tunery.errors import Conflict
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ async def edit(
     project_id: int,
     public_id: str,
     *,
-    metadata: dict[str, Any] | None | _Unset = UNSET,
+    metadata: dict[str, Any] | _Unset | None = UNSET,
     priority: int | _Unset = UNSET,
 ) -> bool:
     """Whether there is such a job, now changed.
@@ -56,3 +56,13 @@ async def edit(
             .execution_options(synchronize_session=False)
         )
     return True
+
+
+async def mark_export_deleted(session: AsyncSession, checkpoint_id: int) -> None:
+    """Take a checkpoint's export out of every listing; its files are about to go."""
+    await session.execute(
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint_id)
+        .values(deleted_at=func.coalesce(CheckpointRow.deleted_at, func.clock_timestamp()))
+        .execution_options(synchronize_session=False)
+    )

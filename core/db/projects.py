@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Double, case, cast, extract, func, literal, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
 
 from core.db.tables import ApiKeyRow, ProjectRow
 from core.ids import new_id
+from tunery.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 FOREVER_S = 1e9
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +101,24 @@ async def revoke_key(session: AsyncSession, public_id: str) -> bool:
     return found is not None
 
 
-async def insert_project(session: AsyncSession, name: str, *, weight: float) -> ProjectRow:
-    """Raises: sqlalchemy.exc.IntegrityError: the name is taken."""
-    row = ProjectRow(public_id=new_id("proj_"), name=name, weight=weight)
-    session.add(row)
-    await session.flush()
-    await session.refresh(row)
+async def insert_project(session: AsyncSession, name: str, *, weight: float) -> ProjectRow | None:
+    """A new project; None when the name is taken.
+
+    Raises:
+        InvalidConfig: a name that could not stand in a model's name.
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidConfig(
+            f"{name[:100]!r} is not a project name",
+            hint="1 to 64 of a-z, 0-9, '.', '_' and '-'",
+            param="name",
+        )
+    row: ProjectRow | None = await session.scalar(
+        insert(ProjectRow)
+        .values(public_id=new_id("proj_"), name=name, weight=weight)
+        .on_conflict_do_nothing(index_elements=[ProjectRow.name])
+        .returning(ProjectRow)
+    )
     return row
 
 

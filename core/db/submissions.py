@@ -74,7 +74,7 @@ async def references(
         func.pg_try_advisory_xact_lock_shared(QUOTA_LOCKS, project_id).label("free"),
         *also,
     ).subquery()
-    rows = await session.execute(
+    result = await session.execute(
         select(
             facts.c.open_jobs,
             facts.c.free,
@@ -99,13 +99,9 @@ async def references(
             & FileRow.deleted_at.is_(None),
         )
     )
-    found: dict[str, File] = {}
-    count, free = 0, False
-    for count, free, *columns in rows:
-        if columns[0] is not None:
-            file = File(*columns)
-            found[file.public_id] = file
-    return References(found, count, free)
+    rows = result.all()  # at least one: the facts stand there without a file too
+    found = [File(*row[2:]) for row in rows if row.id is not None]
+    return References({file.public_id: file for file in found}, rows[0].open_jobs, rows[0].free)
 
 
 async def counted_exactly(session: AsyncSession, project_id: int) -> int:

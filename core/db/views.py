@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003 - NamedTuple fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from sqlalchemy import Double, and_, bindparam, case, cast, func, null, or_, select
+from sqlalchemy import Double, and_, bindparam, case, cast, func, null, or_, select, tuple_
 from sqlalchemy.orm import aliased
 
-from core.db.tables import CheckpointRow, FileRow, JobEventRow, JobRow
+from core.db.tables import CheckpointRow, FileRow, JobRow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,11 +74,22 @@ class JobView(NamedTuple):
 _training, _validation, _result = aliased(FileRow), aliased(FileRow), aliased(FileRow)
 _final, _any, _ahead = aliased(CheckpointRow), aliased(CheckpointRow), aliased(JobRow)
 
-# A checkpoint without a validation loss never beats one that has it; then the newest is best.
+
+def _best_first(checkpoint: Any) -> tuple[Any, Any]:
+    """One without a validation loss never beats one that has it; then the newest is best."""
+    loss = cast(checkpoint.metrics["valid_loss"].astext, Double)
+    return loss.asc().nulls_last(), checkpoint.id.desc()
+
+
 _best = (
     select(_any.public_id)
-    .where(_any.job_id == JobRow.id, _any.kinds.contains(["export"]), _any.deleted_at.is_(None))
-    .order_by(cast(_any.metrics["valid_loss"].astext, Double).asc().nulls_last(), _any.id.desc())
+    .where(
+        _any.job_id == JobRow.id,
+        _any.kinds.contains(["export"]),
+        _any.deleted_at.is_(None),
+        _any.corrupt_at.is_(None),
+    )
+    .order_by(*_best_first(_any))
     .limit(1)
     .correlate(JobRow)
     .scalar_subquery()
@@ -92,7 +103,10 @@ _position = (
         _ahead.hold.is_(False),
         or_(
             _ahead.priority > JobRow.priority,
-            and_(_ahead.priority == JobRow.priority, _ahead.id < JobRow.id),
+            and_(
+                _ahead.priority == JobRow.priority,
+                tuple_(_ahead.run_after, _ahead.id) < tuple_(JobRow.run_after, JobRow.id),
+            ),
         ),
     )
     .correlate(JobRow)
@@ -368,76 +382,11 @@ def of_new_row(row: JobRow, *, training_file: str, validation_file: str | None) 
     )
 
 
-async def jobs_by_worker(session: AsyncSession) -> dict[str, list[str]]:
-    """Public ids of the jobs that each worker holds, by the worker's name."""
-    rows = await session.execute(
-        select(JobRow.worker, JobRow.public_id).where(JobRow.owner.is_not(None)).order_by(JobRow.id)
+async def result(session: AsyncSession, job: int) -> CheckpointRow | None:
+    """The job's final export; None before it succeeded, and after that model was deleted."""
+    found: CheckpointRow | None = await session.scalar(
+        select(CheckpointRow)
+        .join(JobRow, JobRow.final_checkpoint_id == CheckpointRow.id)
+        .where(JobRow.id == job, CheckpointRow.deleted_at.is_(None))
     )
-    held: dict[str, list[str]] = {}
-    for worker, public_id in rows:
-        held.setdefault(worker or "", []).append(public_id)
-    return held
-
-
-async def event_seq(session: AsyncSession, job: int, public_id: str) -> int | None:
-    """The place of an event in its job's history."""
-    found: int | None = await session.scalar(
-        select(JobEventRow.seq).where(JobEventRow.job_id == job, JobEventRow.public_id == public_id)
-    )
-    return found
-
-
-_HAS_EXPORT = CheckpointRow.kinds.contains(["export"])
-_KEPT = and_(CheckpointRow.deleted_at.is_(None), CheckpointRow.corrupt_at.is_(None))
-
-
-async def checkpoints(
-    session: AsyncSession,
-    job: int,
-    *,
-    after: str | None,
-    limit: int,
-    order: Literal["asc", "desc"],
-) -> list[CheckpointRow] | None:
-    """A page of a job's checkpoints, beginning behind `after`; None if that is unknown."""
-    query = select(CheckpointRow).where(CheckpointRow.job_id == job)
-    if after is not None:
-        cursor = await session.scalar(
-            select(CheckpointRow.id).where(
-                CheckpointRow.job_id == job, CheckpointRow.public_id == after
-            )
-        )
-        if cursor is None:
-            return None
-        query = query.where(
-            CheckpointRow.id > cursor if order == "asc" else CheckpointRow.id < cursor
-        )
-    by_age = CheckpointRow.id.asc() if order == "asc" else CheckpointRow.id.desc()
-    return list(await session.scalars(query.order_by(by_age).limit(limit)))
-
-
-async def best_checkpoint(session: AsyncSession, job: int) -> str | None:
-    """Public id of the export with the lowest validation loss; without one, of the newest."""
-    found: str | None = await session.scalar(
-        select(CheckpointRow.public_id)
-        .where(CheckpointRow.job_id == job, _HAS_EXPORT, _KEPT)
-        .order_by(*_best_first(CheckpointRow))
-        .limit(1)
-    )
-    return found
-
-
-async def checkpoint(session: AsyncSession, job: int, which: str) -> CheckpointRow | None:
-    """One checkpoint of a job, by id or as `latest`, `best` (of the exports) or `step-<n>`."""
-    query = select(CheckpointRow).where(CheckpointRow.job_id == job)
-    newest = CheckpointRow.id.desc()
-    if which == "latest":
-        query = query.where(_HAS_EXPORT, _KEPT).order_by(newest)
-    elif which == "best":
-        query = query.where(_HAS_EXPORT, _KEPT).order_by(*_best_first(CheckpointRow))
-    elif which.startswith("step-") and which[5:].isdecimal() and len(which) < 20:
-        query = query.where(CheckpointRow.step == int(which[5:]), _KEPT).order_by(newest)
-    else:
-        query = query.where(CheckpointRow.public_id == which)
-    found: CheckpointRow | None = await session.scalar(query.limit(1))
     return found

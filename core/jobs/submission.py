@@ -127,9 +127,7 @@ class Submitter:
             devices=await self.fleet.devices(session, queue),
         )
         await self.fleet.check(session, resolved.spec.compute, queue)
-        return _Plan(
-            asked, resolved, training, validation, found.open_jobs, found.counted_freely
-        )
+        return _Plan(asked, resolved, training, validation, found.open_jobs, found.counted_freely)
 
     async def _warm_start(
         self, session: AsyncSession, caller: Principal, request: JobRequest

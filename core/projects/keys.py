@@ -162,7 +162,7 @@ class KeyRing:
         if parts is None:
             raise Unauthenticated(_REFUSAL)
         public_id, secret = parts
-        async with self._db.session() as session:
+        async with self._db.read() as session:
             found = await table.find_live_key(session, public_id)
         expected = found.secret_sha256 if found else _NOBODY
         if not hmac.compare_digest(expected, _hash(secret)) or found is None:
