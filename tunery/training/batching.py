@@ -63,6 +63,7 @@ def cut(
     documents: np.ndarray,
     budget: int,
     layout: Layout,
+    by_length: bool = True,
 ) -> list[tuple[int, ...]]:
     """Micro-batches of at most `budget` positions, longest first.
 
@@ -71,17 +72,20 @@ def cut(
 
     Args:
         longest, tokens, documents: per example number.
+        by_length: sort first; without, the examples stay in the order they were drawn in.
     """
-    ordered = chosen[np.argsort(-longest[chosen], kind="stable")]
+    ordered = chosen[np.argsort(-longest[chosen], kind="stable")] if by_length else chosen
     if layout == "packed":
         return _first_fit(ordered, tokens, budget)
     batches: list[list[int]] = []
     rows = width = 0
     for example in ordered.tolist():
         count = int(documents[example])
-        if not batches or (rows + count) * width > budget:
+        wide = max(width, int(longest[example]))
+        if not batches or (rows + count) * wide > budget:
             batches.append([])
-            rows, width = 0, int(longest[example])
+            rows, wide = 0, int(longest[example])
+        width = wide
         batches[-1].append(example)
         rows += count
     return [tuple(batch) for batch in batches]
@@ -110,6 +114,7 @@ def plan(
     *,
     budget: int,
     layout: Layout,
+    by_length: bool = True,
     rank: int = 0,
     world: int = 1,
     even: bool = False,
@@ -121,7 +126,7 @@ def plan(
             whose forward pass talks to the other ranks.
     """
     shares = [
-        cut(share, longest, tokens, documents, budget, layout)
+        cut(share, longest, tokens, documents, budget, layout, by_length)
         for share in deal(chosen, longest, world)
     ]
     mine = [MicroBatch(examples) for examples in shares[rank]]

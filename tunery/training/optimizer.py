@@ -127,10 +127,10 @@ class Optimizer:
                 **{name: torch.zeros_like(leaf) for name in _MOMENTS},
             }
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the next step."""
-        return float(self.schedule.get_last_lr()[0])
+    def learning_rate_at(self, step: int) -> float:
+        """That the optimizer step after `step` steps is made with."""
+        factor = self.schedule.lr_lambdas[0](step)
+        return float(self.settings.learning_rate * factor)
 
     def gradients(self) -> list[Tensor]:
         """What is to be summed over ranks, in place; zeros where nothing flowed."""

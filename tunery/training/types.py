@@ -137,6 +137,16 @@ class Batch:
         moved["extras"] = {k: v.to(device, non_blocking=True) for k, v in self.extras.items()}
         return replace(self, **moved)
 
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from where copies to a GPU do not block."""
+        moved: dict[str, Any] = {
+            f.name: value.pin_memory()
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        moved["extras"] = {name: value.pin_memory() for name, value in self.extras.items()}
+        return replace(self, **moved)
+
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward."""
         given = {

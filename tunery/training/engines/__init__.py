@@ -61,9 +61,8 @@ class Engine(Protocol):
         """Drop the gradients of the step."""
         ...
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the next step."""
+    def learning_rate_at(self, step: int) -> float:
+        """That the optimizer step after `step` steps is made with."""
         ...
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:

@@ -46,9 +46,8 @@ class SingleEngine:
     def discard(self) -> None:
         self.optimizer.discard()
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.learning_rate
+    def learning_rate_at(self, step: int) -> float:
+        return self.optimizer.learning_rate_at(step)
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:
         return flags
