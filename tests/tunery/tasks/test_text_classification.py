@@ -186,7 +186,7 @@ def test_metrics_by_hand() -> None:
     }
 
 
-@pytest.mark.parametrize
+@pytest.mark.parametrize(
     ("kind", "adapter", "rate"), [("encoder", "full", 1e-3), ("decoder", "lora", 1e-2)]
 )
 def test_training_learns_the_labels(
