@@ -361,19 +361,21 @@ def _transforms(
 
 
 def _data(training: DataFile, validation: DataFile | None, story: _Story) -> Data:
-    if training.labels is None or validation is None:
+    """Both files, their labels numbered together in sorted order."""
+    if training.labels is None:
         return Data(training=training, validation=validation)
-    unseen = sorted(set(validation.labels or ()) - set(training.labels))
+    held_out = set((validation.labels if validation else None) or ())
+    unseen = held_out - set(training.labels)
     if unseen:
         story.warn(
             "unseen_labels",
             "validation_file",
             f"{len(unseen)} labels of the validation file are not trained",
         )
-    labels = tuple(sorted({*training.labels, *(validation.labels or ())}))
+    labels = {"labels": tuple(sorted({*training.labels, *held_out}))}
     return Data(
-        training=training.model_copy(update={"labels": labels}),
-        validation=validation.model_copy(update={"labels": labels}),
+        training=training.model_copy(update=labels),
+        validation=validation and validation.model_copy(update=labels),
     )
 
 
