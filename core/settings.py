@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     no_progress_s: float = Field(
         1800.0, gt=0, description="Silence of a running trainer after which it is taken for hung."
     )
+    retry_backoff_s: float = Field(
+        10.0, ge=0, description="Wait before the second attempt; it doubles with each, up to 10 min."
+    )
     devices: str = Field(
         "auto", description="Devices that a worker offers: auto, cpu, or indices such as 0,1,2,3."
     )

@@ -64,6 +64,8 @@ class Order:
     returns the exit code."""
     workdir: str
     deadman_s: float
+    renewed_at: float | None = None
+    """When (`CLOCK_MONOTONIC`) the last heartbeat that succeeded was begun; None: now."""
     environment: dict[str, str] = field(default_factory=dict)
     """The trainer's whole environment. A preloaded torch has read `OMP_NUM_THREADS` before the
     fork, and telling it again here would start the thread pool in a process that forks its ranks:
@@ -119,7 +121,8 @@ def run(order: Order, fds: Descriptors) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    deadline = time.monotonic() + order.deadman_s
+    renewed_at = time.monotonic() if order.renewed_at is None else order.renewed_at
+    deadline = renewed_at + order.deadman_s
     us = os.getpid()
     trainer = os.fork()
     if trainer == 0:

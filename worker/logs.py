@@ -66,6 +66,11 @@ class LogBook:
         ready, self._ready = b"".join(self._ready), []
         return _text(ready)
 
+    def give_back(self, text: str) -> None:
+        """It could not be stored: it comes first the next time."""
+        if text:
+            self._ready.insert(0, text.encode())
+
     def finish(self) -> str:
         """The last of it. Nothing may be fed afterwards."""
         if self._partial:

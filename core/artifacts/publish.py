@@ -15,14 +15,13 @@ import asyncio
 import csv
 import hashlib
 import io
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from core.artifacts.manifest import ManifestEntry, build
+from core.artifacts.manifest import as_json, build, canonical
 from core.db import attempts, checkpoints, claims, events, metrics
 from tunery.errors import CheckpointCorrupt, Conflict, NotFound, WorkerLost
 
@@ -77,7 +76,7 @@ async def publish_checkpoint(
     entries = await asyncio.to_thread(build, folder)
     for entry in entries:
         await _put_once(store, f"{prefix}/{entry.path}", folder / entry.path)
-    rows = [_as_json(entry) for entry in entries]
+    rows = as_json(entries)
     document = {
         "version": 1,
         "job": claim.public_id,
@@ -85,10 +84,10 @@ async def publish_checkpoint(
         "step": event.step,
         "kinds": list(event.kinds),
         "gpus": claim.gpus,
-        "spec_sha256": hashlib.sha256(_canonical(claim.spec)).hexdigest(),
+        "spec_sha256": hashlib.sha256(canonical(claim.spec)).hexdigest(),
         "files": rows,
     }
-    await _put_once(store, f"{prefix}/manifest.json", _chunks(_canonical(document)))
+    await _put_once(store, f"{prefix}/manifest.json", _chunks(canonical(document)))
     async with db.begin() as session:
         row = await checkpoints.insert(
             session,
@@ -125,19 +124,6 @@ async def _put_once(store: ArtifactStore, key: str, data: Path | AsyncIterator[b
 
 async def _chunks(data: bytes) -> AsyncIterator[bytes]:
     yield data
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _as_json(entry: ManifestEntry) -> dict[str, Any]:
-    return {
-        "path": entry.path,
-        "bytes": entry.bytes,
-        "sha256": entry.sha256,
-        "role": entry.role,
-    }
 
 
 async def fetch(
@@ -248,7 +234,7 @@ async def drop_old_resumes(db: Database, store: ArtifactStore, claim: Claim, kee
         for row in rows:
             await checkpoints.mark_resume_dropped(session, row.id)
     for row in rows:
-        await store.delete_prefix(f"{row.prefix}/resume/")
+        await store.delete_prefix(f"{row.prefix}/resume")
     return len(rows)
 
 
@@ -261,7 +247,7 @@ async def sweep_orphans(
     belongs to a job whose last heartbeat is recent.
     """
     found: dict[str, str] = {}
-    async for key in _keys(store, "jobs/"):
+    async for key in store.list("jobs"):
         match = _STEP_PREFIX.match(key)
         if match:
             found[match[0]] = match["job"]
@@ -272,14 +258,9 @@ async def sweep_orphans(
         lively = await attempts.lively_jobs(session, set(found.values()), within_s=older_than_s)
     orphans = [at for at, job in found.items() if at not in named and job not in lively]
     for prefix in orphans:
-        await store.delete_prefix(f"{prefix}/")
+        await store.delete_prefix(prefix)
         log.info("checkpoint.orphan_removed", prefix=prefix)
     return orphans
-
-
-async def _keys(store: ArtifactStore, prefix: str) -> AsyncIterator[str]:
-    async for key in store.list(prefix):
-        yield key
 
 
 async def metrics_csv(db: Database, job_id: int) -> bytes:

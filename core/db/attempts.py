@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import aliased
 
-from core.db.tables import FileRow, JobRow, ProjectRow
+from core.db.tables import CheckpointRow, FileRow, JobRow, ProjectRow
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from core.db.claims import Claim
@@ -75,3 +77,46 @@ async def add_result_file(
     session.add(row)
     await session.flush()
     return row.id
+
+
+async def named_prefixes(session: AsyncSession, prefixes: Collection[str]) -> set[str]:
+    """Those of `prefixes` that a checkpoint's row names."""
+    rows = await session.scalars(
+        select(CheckpointRow.prefix).where(CheckpointRow.prefix.in_(prefixes))
+    )
+    return set(rows)
+
+
+async def lively_jobs(
+    session: AsyncSession, public_ids: Collection[str], *, within_s: float
+) -> set[str]:
+    """Those jobs that a worker holds, or held within the last `within_s` seconds."""
+    since = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, within_s)
+    rows = await session.scalars(
+        select(JobRow.public_id).where(
+            JobRow.public_id.in_(public_ids),
+            or_(JobRow.owner.is_not(None), JobRow.heartbeat_at > since),
+        )
+    )
+    return set(rows)
+
+
+async def project_checkpoint(
+    session: AsyncSession, project_id: int, public_id: str
+) -> CheckpointRow | None:
+    """A checkpoint of any job of one project, unless it was deleted."""
+    return await session.scalar(
+        select(CheckpointRow)
+        .join(JobRow, JobRow.id == CheckpointRow.job_id)
+        .where(
+            CheckpointRow.public_id == public_id,
+            CheckpointRow.deleted_at.is_(None),
+            JobRow.project_id == project_id,
+        )
+    )
+
+
+async def file_exists(session: AsyncSession, public_id: str) -> bool:
+    """Whether a file's row was committed."""
+    found = await session.scalar(select(FileRow.id).where(FileRow.public_id == public_id))
+    return found is not None

@@ -65,7 +65,7 @@ class Line:
 
 @contextmanager
 def lifeline(launcher: str, workdir: Path, deadman_s: float = 20.0) -> Iterator[Line]:
-    order = Order(f"odd_launchers:{launcher}", str(workdir), deadman_s, ENVIRONMENT)
+    order = Order(f"odd_launchers:{launcher}", str(workdir), deadman_s, environment=ENVIRONMENT)
     control, status, events, log = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     process = start_cold(order, Descriptors(control[0], status[1], events[1], log[1]))
     for fd in (control[0], status[1], events[1], log[1]):
@@ -212,7 +212,8 @@ from worker.lifeline import CONTROL, RENEW, Descriptors, Order
 from worker.warm import start_cold
 workdir, launcher, deadman_s, path = sys.argv[1:]
 control, status, events, log = os.pipe(), os.pipe(), os.pipe(), os.pipe()
-order = Order(launcher, workdir, float(deadman_s), {"PATH": os.environ["PATH"], "PYTHONPATH": path})
+environment = {"PATH": os.environ["PATH"], "PYTHONPATH": path}
+order = Order(launcher, workdir, float(deadman_s), environment=environment)
 start_cold(order, Descriptors(control[0], status[1], events[1], log[1]))
 for fd in (control[0], status[1], events[1], log[1]):
     os.close(fd)

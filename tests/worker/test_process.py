@@ -22,7 +22,7 @@ ENVIRONMENT = base_environment(os.environ) | {"PYTHONPATH": HERE}
 
 
 def order(launcher: str, workdir: Path) -> Order:
-    return Order(f"odd_launchers:{launcher}", str(workdir), 10.0, ENVIRONMENT)
+    return Order(f"odd_launchers:{launcher}", str(workdir), 10.0, environment=ENVIRONMENT)
 
 
 @pytest.fixture

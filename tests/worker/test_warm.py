@@ -37,7 +37,7 @@ class Run:
 
     def __init__(self, path: Path, launcher: str, workdir: Path) -> None:
         control, status, events, log = os.pipe(), os.pipe(), os.pipe(), os.pipe()
-        wanted = Order(f"odd_launchers:{launcher}", str(workdir), 20.0, ENVIRONMENT)
+        wanted = Order(f"odd_launchers:{launcher}", str(workdir), 20.0, environment=ENVIRONMENT)
         ends = Descriptors(control[0], status[1], events[1], log[1])
         self.taken = False
         end = time.monotonic() + 5
@@ -109,7 +109,7 @@ def test_a_dead_server_is_started_again_and_its_trainers_live_on(
 
 def test_without_a_server_the_request_is_refused_at_once(tmp_path: Path) -> None:
     pipe = os.pipe()
-    order = Order("odd_launchers:sleep", str(tmp_path), 1.0, ENVIRONMENT)
+    order = Order("odd_launchers:sleep", str(tmp_path), 1.0, environment=ENVIRONMENT)
     assert not start_warm(tmp_path / "nobody.sock", order, Descriptors(*[pipe[0]] * 4))
     for fd in pipe:
         os.close(fd)

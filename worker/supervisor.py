@@ -1,0 +1,155 @@
+"""The supervisor: claims jobs for the devices that are free, and carries them out one by one.
+
+Runs in a pool child, woken by a message that says only "there may be work". Has no torch, and so
+no device of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from typing import TYPE_CHECKING
+
+import structlog
+from pydantic import ValidationError
+
+from core.artifacts.stores import open_store
+from core.db import claims
+from core.db.engine import Database
+from tunery.errors import TransientError
+from tunery.models import ModelStore
+from worker.attempt import Attempt, Tools
+from worker.failures import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from core.db.claims import Claim
+    from core.settings import Settings
+    from worker.devices import Slot, Slots
+    from worker.place import WorkerPlace
+
+log = structlog.get_logger()
+
+_TURN_S = 0.02
+_BEAT_TIMEOUT_S = 5.0
+
+
+class Supervisor:
+    """One pool child's worth of work on one queue."""
+
+    def __init__(self, settings: Settings, place: WorkerPlace, slots: Slots) -> None:
+        self._settings = settings
+        self._place = place
+        self._slots = slots
+        self._told_to_stop = False
+
+    def draining(self) -> bool:
+        """Whether to give back what runs and take nothing new."""
+        return self._told_to_stop or self._place.draining()
+
+    async def serve(self, queue: str) -> int:
+        """Claim and run until nothing of `queue` is runnable here; returns how many ran."""
+        loop = asyncio.get_running_loop()
+        # Sent by service managers to the whole control group.
+        loop.add_signal_handler(signal.SIGTERM, self._stop)
+        url = self._settings.database_url.get_secret_value()
+        timeout_s = min(_BEAT_TIMEOUT_S, self._settings.lease_s / 4)
+        db = Database(url, pool_size=3)
+        beats = Database(url, pool_size=1, statement_timeout_s=timeout_s, pool_timeout_s=timeout_s)
+        try:
+            return await self._serve(queue, db, beats)
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+            await db.close()
+            await beats.close()
+
+    def _stop(self) -> None:
+        self._told_to_stop = True
+
+    async def _serve(self, queue: str, db: Database, beats: Database) -> int:
+        settings = self._settings
+        tools = Tools(
+            settings,
+            db,
+            beats,
+            open_store(settings),
+            ModelStore(settings.resolved_models_dir(), settings.hub_allowed),
+            self._place.warm_socket,
+            self.draining,
+        )
+        ran = 0
+        while not self.draining():
+            try:
+                taken = await self._claim(queue, tools)
+            except TransientError as error:
+                # Whoever is back first rings again: the reconciler, every half minute.
+                log.warning("claim.failed", queue=queue, why=str(error))
+                return ran
+            if taken is None:
+                return ran
+            await self._carry_out(tools, *taken)
+            ran += 1
+        return ran
+
+    async def _claim(self, queue: str, tools: Tools) -> tuple[Claim, list[Slot]] | None:
+        """Take free devices and the best job for them; None when either is lacking."""
+        with contextlib.ExitStack() as stack:
+            while not stack.enter_context(self._slots.taking()):
+                stack.close()
+                await asyncio.sleep(_TURN_S)
+            free = self._slots.free()
+            claim = None
+            try:
+                if free:
+                    claim = await self._claim_for(queue, self._slots.capacity(free), tools)
+            finally:
+                wanted = min(claim.gpus, len(free)) if claim is not None else 0
+                for slot in free[wanted:]:
+                    slot.release()
+        return None if claim is None else (claim, free[:wanted])
+
+    async def _claim_for(self, queue: str, capacity: int, tools: Tools) -> Claim | None:
+        cached = [info.name for info in tools.models.list()]
+        async with tools.db.begin() as session:
+            return await claims.claim_next(
+                session,
+                queues=[queue],
+                gpus_free=capacity,
+                worker=self._place.name,
+                ttl_s=self._settings.lease_s,
+                cached_models=cached,
+            )
+
+    async def _carry_out(self, tools: Tools, claim: Claim, slots: Sequence[Slot]) -> None:
+        attempt: Attempt | None = None
+        try:
+            attempt = Attempt(tools, claim, slots)
+            await attempt.run()
+        except ValidationError as error:
+            message = f"this worker cannot read the job's spec: {error.error_count()} problems"
+            await self._fail(tools, claim, message, retryable=False)
+        except Exception as error:  # the edge: one job's bug must not end the worker
+            log.exception("attempt.crashed", job=claim.public_id, attempt=claim.attempt)
+            message = f"the supervisor failed with {type(error).__name__}"
+            await self._fail(tools, claim, message, retryable=True)
+        finally:
+            if attempt is not None and attempt.survivors:
+                # The devices may still be in use: locked until this process ends.
+                log.error("devices.quarantined", devices=[slot.device.id for slot in slots])
+            else:
+                for slot in slots:
+                    slot.release()
+
+    async def _fail(self, tools: Tools, claim: Claim, message: str, *, retryable: bool) -> None:
+        error = Failure("internal_error", "platform", message, retryable).as_json()
+        with contextlib.suppress(TransientError):  # then the lease lapses
+            async with tools.db.begin() as session:
+                await claims.fail(
+                    session,
+                    claim,
+                    error=error,
+                    retryable=retryable,
+                    backoff_s=self._settings.retry_backoff_s,
+                )
