@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn import functional
 
+from tunery.errors import UnsupportedCombination
 from tunery.training.attention import borders
 from tunery.training.types import TokenLosses
 
@@ -59,11 +60,17 @@ class TokenLossComputer:
 
     def __init__(self, base: Any, policy: HeadPolicy | None = None) -> None:
         self.policy = policy or HeadPolicy()
-        self._head: nn.Module = base.get_output_embeddings()
+        self._found: nn.Module | None = base.get_output_embeddings()
         self._vocabulary = int(base.config.get_text_config().vocab_size)
-        self._chunkable = _can_chunk(self._head, base.config)
+        self._chunkable = _can_chunk(self._found, base.config)
         self.used: set[str] = set()
         """Heads that have been run: plain, chunked."""
+
+    @property
+    def _head(self) -> nn.Module:
+        if self._found is None:
+            raise UnsupportedCombination("this model has no head that predicts tokens")
+        return self._found
 
     def __call__(self, model: nn.Module, batch: Batch) -> TokenLosses:
         """Losses of the batch's supervised tokens, in `Batch.target_ids`' order."""
@@ -145,7 +152,7 @@ def _flat_positions(batch: Batch, width: int) -> Tensor:
     return batch.target_positions + (row + 1) * (width - given)
 
 
-def _can_chunk(head: nn.Module, config: Any) -> bool:
+def _can_chunk(head: nn.Module | None, config: Any) -> bool:
     """A frozen, plain linear head with nothing behind it."""
     if type(head) is not torch.nn.Linear or any(p.requires_grad for p in head.parameters()):
         return False
