@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
+
+from core.log import redact
 
 _TAIL_BYTES = 64 * 1024
 _LINE_BYTES = 8 * 1024
-_SECRETS = re.compile(
-    rb"(?P<userinfo>(?<=://)[^/\s:@]{1,256}:[^/\s@]{1,256}(?=@))"
-    rb"|\b(?:ft_[A-Za-z0-9]{3,}_[A-Za-z0-9_-]{8,}|whsec_[A-Za-z0-9+/=_-]{8,}|hf_[A-Za-z0-9]{16,}"
-    rb"|sk-[A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16})"
-)
-
-
-def redact(text: bytes) -> bytes:
-    """Replace what looks like a key, a token or a password in a URL."""
-    return _SECRETS.sub(b"[redacted]", text)
 
 
 class LogBook:
@@ -49,7 +40,6 @@ class LogBook:
     def _keep(self, lines: bytes) -> None:
         if self._left >= len(lines):
             self._left -= len(lines)
-            lines = redact(lines)
             self._ready.append(lines)
             self._recent.extend(lines.splitlines(keepends=True)[-30:])
             return
@@ -79,7 +69,7 @@ class LogBook:
         tail = b"".join(self._tail)
         over = max(0, len(tail) - _TAIL_BYTES)
         cut = tail.find(b"\n", over) + 1 if over else 0
-        tail = redact(tail[cut:])
+        tail = tail[cut:]
         dropped = self._dropped_bytes + cut
         self._tail.clear()
         self._recent.extend(tail.splitlines(keepends=True)[-30:])
@@ -93,4 +83,5 @@ class LogBook:
 
 def _text(data: bytes) -> str:
     # Postgres stores every character but NUL.
-    return data.decode("utf-8", "replace").replace("\0", "\N{REPLACEMENT CHARACTER}")
+    text = data.decode("utf-8", "replace").replace("\0", "\N{REPLACEMENT CHARACTER}")
+    return redact(text)
