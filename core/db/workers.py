@@ -130,7 +130,7 @@ def _views() -> Select[Any]:
         .correlate(WorkerRow)
         .scalar_subquery()
     )
-    silent = func.extract("epoch", text("clock_timestamp()") - WorkerRow.heartbeat_at)
+    silent = func.extract("epoch", func.clock_timestamp() - WorkerRow.heartbeat_at)
     return select(WorkerRow, silent, jobs).execution_options(populate_existing=True)
 
 
