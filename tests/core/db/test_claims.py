@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
+from sqlalchemy import text
 
 from core.db import claims, events
 from core.db.claims import Progress
@@ -127,11 +129,9 @@ async def test_projects_take_turns_whoever_asked_first(site, other):
     assert theirs
 
 
-async def test_weight_gives_a_larger_share(db):
-    from .conftest import make_site
-
-    heavy = await make_site(db, "heavy", weight=3.0)
-    light = await make_site(db, "light", weight=1.0)
+async def test_weight_gives_a_larger_share(new_site):
+    heavy = await new_site("heavy", weight=3.0)
+    light = await new_site("light", weight=1.0)
     for _ in range(12):
         await light.submit()
         await heavy.submit()
@@ -146,8 +146,6 @@ async def test_past_use_counts_and_fades(site, other):
     async def used(seconds, days):
         async with site.db.begin() as s:
             project = await s.get(ProjectRow, site.project_id)
-            from sqlalchemy import text
-
             project.gpu_usage = seconds
             project.gpu_usage_at = await s.scalar(
                 text("select clock_timestamp() - make_interval(days => :d)"), {"d": days}
@@ -367,8 +365,6 @@ async def zombie_of_an_older_attempt(site):
 
 async def zombies(site):
     """Tokens that are wrong in exactly one way, by the fence's term that has to notice."""
-    from dataclasses import replace
-
     other_job = await site.submit(hold=True)
     old, new = await zombie_of_an_older_attempt(site)
     # A promoted replica forgot a claim: the attempt's number is used twice, the owner is not.
@@ -407,8 +403,6 @@ async def test_every_term_of_the_fence_is_needed(site, monkeypatch, term):
 
 
 async def snapshot(site):
-    from sqlalchemy import text
-
     async with site.db.session() as s:
         rows = await s.execute(text("select to_jsonb(j) from jobs j order by id"))
         return [row[0] for row in rows]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import pytest_asyncio
+from sqlalchemy import text
 
 from core.db import checkpoints, claims
 from core.db.jobs import JobRepository
@@ -13,6 +16,8 @@ from core.db.tables import FileRow, ProjectRow
 from core.ids import FILE, PROJECT, new_id
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from core.db.claims import Claim
     from core.db.engine import Database
     from core.db.tables import JobRow
@@ -25,6 +30,7 @@ class Site:
     db: Database
     project_id: int
     file_id: int
+    checkpoint_id: int = 0
 
     async def submit(self, **columns: Any) -> JobRow:
         async with self.db.begin() as s:
@@ -87,8 +93,6 @@ class Site:
 
     async def lapse(self, claim: Claim) -> None:
         """Let the lease run out, without waiting for it."""
-        from sqlalchemy import text
-
         async with self.db.begin() as s:
             await s.execute(
                 text(
@@ -117,6 +121,12 @@ async def make_site(db: Database, name: str = "main", **columns: Any) -> Site:
         s.add(file)
         await s.flush()
         return Site(db, project.id, file.id)
+
+
+@pytest.fixture
+def new_site(db: Database) -> Callable[..., Awaitable[Site]]:
+    """Makes a project: `await new_site("name", weight=2.0)`."""
+    return partial(make_site, db)
 
 
 @pytest_asyncio.fixture
