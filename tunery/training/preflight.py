@@ -142,7 +142,7 @@ class _Survey:
         self.eos: int | None = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id if pad_id is None else pad_id
         self.adds_bos = self.bos is not None and _starts_with(tokenizer("a")["input_ids"], self.bos)
-        self.specials = _special_ids(tokenizer)
+        self.specials = special_ids(tokenizer)
         self.lengths: list[int] = []
         self.shares: list[float] = []
         self.tokens = self.trained = 0
@@ -352,7 +352,8 @@ def _twice(ids: np.ndarray, token: int) -> bool:
     return len(ids) > 1 and int(ids[0]) == int(ids[1]) == token
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that are no text: those with a role, and those marked so among the added ones."""
     added = tokenizer.added_tokens_decoder
     return frozenset(
         [*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)]

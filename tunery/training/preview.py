@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunery import catalogue
 from tunery.errors import InvalidData
-from tunery.training.preflight import Preflight, inspect
+from tunery.training.preflight import Preflight, inspect, special_ids
 from tunery.training.types import IGNORE
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _row(
 
 
 def _document(document: Document, tokenizer: PreTrainedTokenizerBase) -> PreviewDocument:
-    special = frozenset(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     ids = document.input_ids.tolist()
     trained = (document.labels != IGNORE).tolist()
     trained[:1] = [False] * len(trained[:1])  # There is nothing to predict the first token from.
