@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 HOLD_S = 20
 """How long one look at a job may be held until its status changes."""
+SILENCE_S = 60.0
+"""Silence on an event stream after which it is taken for dead: four missed keep-alives."""
 GIVE_UP_S = 300.0
 """How long a broken event stream is tried again."""
 
@@ -195,8 +197,10 @@ class Jobs:
         rows = self._client.pages(lambda cursor: calls.list_events(job_id, cursor or after))
         return map(Event.model_validate, rows)
 
-    def follow(self, job_id: str, after: str | None = None) -> Iterator[Event]:
-        """All events, those to come included, until the job is done.
+    def follow(
+        self, job_id: str, after: str | None = None, timeout_s: float | None = None
+    ) -> Iterator[Event]:
+        """All events, those to come included, until the job is done or `timeout_s` is over.
 
         A broken connection is taken up again where it broke.
 
@@ -205,27 +209,36 @@ class Jobs:
         """
         parser = sse.Parser()
         parser.last_id = after
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         away_since: float | None = None
         attempt = 0
         while True:
+            silence_s = SILENCE_S if deadline is None else deadline - time.monotonic()
+            if silence_s <= 0:
+                return
             try:
-                for event in self._stream_once(job_id, parser):
+                for event in self._stream_once(job_id, parser, min(silence_s, SILENCE_S)):
                     if event is None:
                         return
                     away_since, attempt = None, 0
                     yield event
             except ServiceUnavailable:
+                if deadline is not None and time.monotonic() >= deadline:
+                    return
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > GIVE_UP_S:
                     raise
             attempt = min(attempt + 1, 5)
             time.sleep(wire.pause_before(attempt))
 
-    def _stream_once(self, job_id: str, parser: sse.Parser) -> Iterator[Event | None]:
+    def _stream_once(
+        self, job_id: str, parser: sse.Parser, silence_s: float
+    ) -> Iterator[Event | None]:
         """Events of one connection; None for the end of the job."""
         parser.reset()
         path = calls.job_path(job_id, "events", "stream")
-        with self._client.stream(path, headers=parser.headers) as response:
+        limits = httpx2.Timeout(silence_s, connect=wire.CONNECT_TIMEOUT_S)
+        with self._client.stream(path, headers=parser.headers, timeout=limits) as response:
             for line in response.iter_lines():
                 message = parser.feed(line)
                 if message is not None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from core.db.tables import ProjectRow
     from core.settings import Settings
 
 log = structlog.get_logger()
@@ -243,15 +244,22 @@ async def first_key(database_url: str, path: Path) -> str:
                 log.warning("first_key.no_longer_valid", path=str(path))
             else:
                 return kept
-        async with db.begin() as session:
-            project = await projects_table.find_project(session, PROJECT)
-            if project is None:
-                project = await projects_table.insert_project(session, PROJECT, weight=1.0)
+        project = await _project(db)
         _, secret = await create_key(db, project, name="first", scopes=SCOPES)
     finally:
         await db.close()
     write_private(path, secret + "\n")
     return secret
+
+
+async def _project(db: Database) -> ProjectRow:
+    async with db.begin() as session:
+        project = await projects_table.find_project(session, PROJECT)
+        if project is None:
+            project = await projects_table.insert_project(session, PROJECT, weight=1.0)
+    # Nobody else makes projects while the one supervisor of this home starts.
+    assert project is not None
+    return project
 
 
 def stop_on_signals(service: EmbeddedService) -> None:
