@@ -33,6 +33,7 @@ from tunery.training.loop import Loop, LoopSettings, LoopState
 from tunery.training.losses import HeadPolicy, TokenLossComputer
 from tunery.training.memory import peak_bytes
 from tunery.training.optimizer import OptimizerSettings
+from tunery.training.preflight import inspect
 from tunery.training.store import build, cache_key
 from tunery.training.types import AdapterRun, EncodeOptions, MethodRun
 
@@ -47,11 +48,14 @@ if TYPE_CHECKING:
     from tunery.spec import DataFile, Use
     from tunery.training.control import StopFlag
     from tunery.training.engines import Engine
+    from tunery.training.preflight import Preflight
     from tunery.training.protocol import Event, RunOrder
     from tunery.training.store import TokenStore
     from tunery.training.types import Batch, Example, Layout, Objective
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PREFLIGHT_ROWS = 5000
+"""At 23 microseconds a row."""
 _WITHOUT_EFFECT = {"compute", "checkpoints", "evaluation", "limits"}
 """Parts of a spec that a resumed run may change: they do not decide what is learnt."""
 
@@ -178,6 +182,7 @@ class Trainer:
         self.losses = TokenLossComputer(self.base, self._head_policy())
         self.objective: Objective = entries.method.objective(entries.config, self._method_run())
         self.training, self.validation = self._stores()
+        self.preflight = self._preflight()
         self.layout = self._layout()
         self._precompute()
         engine.prepare(self.model, self._optimizer_settings())
@@ -202,6 +207,7 @@ class Trainer:
         )
 
     def _model(self) -> nn.Module:
+        torch.manual_seed(self.spec.seed)  # A classification head is drawn while loading.
         base: PreTrainedModel = self.task.load_model(
             Path(self.order.base_model_path),
             dtype=self.dtype,
@@ -217,7 +223,6 @@ class Trainer:
             base_model_name=self.spec.model.name,
             revision=self.spec.model.revision,
         )
-        torch.manual_seed(self.spec.seed)
         model: nn.Module = self.entries.adapter.apply(self.entries.adapter_config, adapter_run)
         model.to(self.device)
         if self.order.init_path:
@@ -357,6 +362,33 @@ class Trainer:
         for number, row in enumerate(rows):
             example = self.task.encode(row, self.tokenizer, options, number)
             yield replace(example, index=-1 - number) if held_out else example
+
+    def _preflight(self) -> Preflight:
+        """Look at the training data, or at evenly spaced rows of much of it.
+
+        Raises:
+            InvalidData: nothing would be learnt.
+        """
+        store = self.training
+        stride = -(-len(store) // PREFLIGHT_ROWS)
+        found = inspect(
+            (store[number] for number in range(0, len(store), stride)),
+            self.tokenizer,
+            self._encode_options(self.spec.data.training),
+            pad_id=self._pad_id,
+        )
+        if stride == 1:
+            found.check()
+        if self.order.resume_path is None:
+            for finding in found.findings:
+                self.speaker.warning(
+                    finding.code,
+                    finding.message,
+                    hint=finding.hint,
+                    rows=finding.rows,
+                    first_rows=list(finding.first_rows),
+                )
+        return found
 
     def _precompute(self) -> None:
         """Let the objective look at the untrained model."""
@@ -506,6 +538,7 @@ class Trainer:
             "attention": self.base.config._attn_implementation,
             "chat_template_sha256": template_sha256(self.tokenizer),
             "special_tokens": self.tokenizer.special_tokens_map,
+            "preflight": self.preflight.model_dump(mode="json"),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
