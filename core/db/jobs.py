@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncSession
 
 _OWNED = ("starting", "running", "finishing")
@@ -65,16 +65,16 @@ class JobRepository:
             InvalidConfig: `after` is no job of this project.
         """
         query = self._mine()
-        filters: list[tuple[Any, ColumnElement[bool]]] = [
-            (model, JobRow.model == model),
-            (method, JobRow.method == method),
-            (metadata, JobRow.metadata_.contains(dict(metadata or {}))),
-            (created_after, JobRow.created_at >= created_after),
-            (created_before, JobRow.created_at <= created_before),
-        ]
-        for given, condition in filters:
-            if given is not None:
-                query = query.where(condition)
+        if model is not None:
+            query = query.where(JobRow.model == model)
+        if method is not None:
+            query = query.where(JobRow.method == method)
+        if metadata:
+            query = query.where(JobRow.metadata_.contains(dict(metadata)))
+        if created_after is not None:
+            query = query.where(JobRow.created_at >= created_after)
+        if created_before is not None:
+            query = query.where(JobRow.created_at <= created_before)
         if states is not None:
             query = query.where(JobRow.state.in_(states))
         if after is not None:
