@@ -1,4 +1,4 @@
-"""A run without the service: the trainer's program in a process of its own, as a script starts it."""
+"""A run without the service: the trainer's program in a process of its own, as a script would."""
 
 from __future__ import annotations
 
