@@ -19,6 +19,7 @@ from fastapi import APIRouter, FastAPI
 from api import errors, routes
 from api.deps import Service
 from api.edge import Edge
+from core import log
 from core import settings as settings_module
 from core.artifacts.stores import open_store
 from core.db.engine import Database
@@ -40,6 +41,7 @@ STOP_PATIENCE_S = 5.0
 
 def app() -> FastAPI:
     """The application of this process's settings."""
+    log.configure()
     return create_app(settings_module.settings())
 
 
@@ -107,6 +109,7 @@ async def _running(settings: Settings) -> AsyncIterator[Service]:
         for task in late:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(broker.close)
         await db.close()
 
 

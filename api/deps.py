@@ -6,9 +6,10 @@ a test walks the router and refuses a route that does neither.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -22,8 +23,8 @@ from core.settings import Settings
 from tunery.errors import InvalidConfig, PermissionDenied, Unauthenticated
 from tunery.models import ModelStore
 
-if TYPE_CHECKING:
-    import asyncio
+
+POKE_AFTER_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,15 @@ class Service:
     models: ModelStore
     submitter: Submitter
     poke: asyncio.Event
-    """Set after a commit that left work for the reconciler, so that it need not wait."""
     stopping: asyncio.Event
     """Set when the process is told to stop: streams end."""
+
+    def woke(self) -> None:
+        """Say, after a commit, that the reconciler has work.
+
+        It hears of it a moment later, so that a burst of submissions is one relay, not many.
+        """
+        asyncio.get_running_loop().call_later(POKE_AFTER_S, self.poke.set)
 
 
 async def service_of(request: Request) -> Service:

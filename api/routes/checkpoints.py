@@ -88,7 +88,8 @@ async def manifest(caller: ArtifactsRead, parts: Parts, job_id: str, which: str)
     )
 
 
-@router.api_route("/checkpoints/{which}/files/{path:path}", methods=["GET", "HEAD"])
+@router.get("/checkpoints/{which}/files/{path:path}")
+@router.head("/checkpoints/{which}/files/{path:path}", include_in_schema=False)
 async def download(
     caller: ArtifactsRead, request: Request, parts: Parts, job_id: str, which: str, path: str
 ) -> Response:

@@ -70,7 +70,8 @@ async def tree(
     return JSONResponse(listed)
 
 
-@router.api_route("/{project}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+@router.get("/{project}/{name}/resolve/{revision}/{path:path}")
+@router.head("/{project}/{name}/resolve/{revision}/{path:path}", include_in_schema=False)
 async def resolve(
     caller: ArtifactsRead,
     request: Request,

@@ -42,7 +42,7 @@ async def create(caller: JobsWrite, request: Request, parts: Parts, body: Body) 
     """Create a job. A retry, with an `Idempotency-Key` or a retry count, gets the same job."""
     attempt = attempt_of(request, caller, CREATE, body)
     job, replayed = await parts.submitter.submit(caller, body, attempt)
-    parts.poke.set()
+    parts.woke()
     return JSONResponse(job, headers={"idempotent-replayed": "true"} if replayed else None)
 
 
@@ -124,7 +124,7 @@ async def resume(caller: JobsWrite, parts: Parts, job_id: str, body: Body) -> Re
         jobs = JobRepository(session, caller.project_id)
         found = await jobs.resume(job_id, max_extra_errors=extra)
         response = await _shown(session, caller, job_id, found is not None)
-    parts.poke.set()
+    parts.woke()
     return response
 
 

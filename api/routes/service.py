@@ -40,7 +40,7 @@ async def readyz(parts: Parts) -> Response:
     """Whether Postgres, the broker and the artifact store answer."""
     checks = {
         "postgres": parts.db.ping(),
-        "broker": parts.broker.ping(),
+        "broker": asyncio.to_thread(parts.broker.ping),
         "store": parts.store.ping(),
     }
     found = dict(zip(checks, await asyncio.gather(*map(_probe, checks.values())), strict=True))

@@ -33,7 +33,7 @@ def _add(path: str, what: str) -> None:
     async def refuse(caller: JobsRead, request: Request) -> NoReturn:
         raise NotSupported(f"{what}: not offered by this service")
 
-    router.add_api_route(path, refuse, methods=["GET", "POST", "DELETE"])
+    router.add_api_route(path, refuse, methods=["GET", "POST", "DELETE"], response_model=None)
 
 
 for _path, _what in PATHS.items():
