@@ -88,12 +88,25 @@ class Fleet:
         ]
         return max(kinds, key=lambda facts: facts.memory_bytes or 0, default=None)
 
-    async def check(self, session: AsyncSession, compute: Compute, queue: str) -> None:
+    async def check(
+        self, session: AsyncSession, compute: Compute, queue: str, queues: Sequence[str]
+    ) -> None:
         """Refuse what no worker could ever start. Without workers everything may wait.
 
+        Args:
+            queues: those that the settings name; queues that live workers serve are known too.
+
         Raises:
-            UnsupportedCombination: more hosts or devices than a worker has.
+            UnsupportedCombination: more hosts or devices than a worker has, or an unknown queue.
         """
+        served = {name for names, _ in await self.workers(session) for name in names}
+        if queue not in served.union(queues):
+            known = sorted(served.union(queues))
+            raise UnsupportedCombination(
+                f"ext.queue: no worker serves the queue {queue!r}",
+                hint=f"known: {', '.join(known)}",
+                param="ext.queue",
+            )
         if compute.nodes > 1:
             raise UnsupportedCombination(
                 f"ext.compute.nodes: {compute.nodes} hosts are asked for, a job runs on one",

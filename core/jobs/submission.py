@@ -126,7 +126,8 @@ class Submitter:
             seed=secrets.randbelow(2**31),
             devices=await self.fleet.devices(session, queue),
         )
-        await self.fleet.check(session, resolved.spec.compute, queue)
+        queues = [name.strip() for name in self.settings.queues.split(",")]
+        await self.fleet.check(session, resolved.spec.compute, queue, queues)
         return _Plan(asked, resolved, training, validation, found.open_jobs, found.counted_freely)
 
     async def _warm_start(
