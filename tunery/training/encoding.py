@@ -234,6 +234,11 @@ class _Chat:
         start = _common_prefix(asked, text)
         if start < len(before) or not text.startswith(before):
             return self._by_content(i, text)
+        if start < len(asked):
+            # The prompt asks for more than this reply has, an opened thought say; what both have in
+            # common may be the reply's own.
+            at = text.find(self._words(i), len(before))
+            start = start if at < 0 else min(start, at)
         through = self.render(i + 1)
         if not text.startswith(through) or len(through) <= start:
             return self._by_content(i, text, start)
@@ -248,13 +253,17 @@ class _Chat:
             # Some templates refuse a conversation that ends with a system message.
             return ""
 
+    def _words(self, i: int) -> str:
+        content = self.messages[i]["content"]
+        return content.strip() if isinstance(content, str) else ""
+
     def _by_content(self, i: int, text: str, start: int = 0) -> _Span:
         """Templates that rewrite earlier turns: the reply's own words, after its predecessors'."""
         cursor = start
-        for message in self.messages[: i + 1] if start == 0 else self.messages[i : i + 1]:
-            words = message["content"].strip() if isinstance(message["content"], str) else ""
+        for number in range(0 if start == 0 else i, i + 1):
+            words = self._words(number)
             at = text.find(words, cursor)
-            if at < 0 or (message is self.messages[i] and not words):
+            if at < 0 or (number == i and not words):
                 raise InvalidData(
                     "the chat template does not say which tokens are the assistant's: add "
                     "{% generation %} marks to it, or train on all tokens",

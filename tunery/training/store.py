@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,33 +133,51 @@ def build(
 
 
 def _write(examples: Iterable[Example], units: Callable[[Example], float], folder: Path) -> None:
-    columns = {name: _Column(folder / name, dtype) for name, dtype in _ARRAYS.items()}
-    token_count = document_count = example_count = 0
+    with ExitStack() as files:
+        columns = {
+            name: files.enter_context(closing(_Column(folder / name, dtype)))
+            for name, dtype in _ARRAYS.items()
+        }
+        count = _fill(columns, examples, units)
+    if not count:
+        raise InvalidData("the file has no examples", code="invalid_n_examples")
+    for name, dtype in _ARRAYS.items():
+        _as_npy(folder / f"{name}.raw", np.dtype(dtype))
+
+
+def _fill(
+    columns: dict[str, _Column], examples: Iterable[Example], units: Callable[[Example], float]
+) -> int:
+    """Returns the number of examples."""
+    tokens = documents = count = 0
     for example in examples:
+        count += 1
         for document in example.documents:
-            token_count += len(document.input_ids)
+            tokens += len(document.input_ids)
             columns["input_ids"].extend(document.input_ids)
             columns["learnt"].extend(document.labels != IGNORE)
-            columns["document_ends"].append(token_count)
+            columns["document_ends"].append(tokens)
             columns["document_weights"].append(document.weight)
-        document_count += len(example.documents)
-        example_count += 1
-        columns["example_ends"].append(document_count)
+        documents += len(example.documents)
+        columns["example_ends"].append(documents)
         columns["targets"].append(_NO_TARGET if example.target is None else example.target)
         columns["indices"].append(example.index)
         columns["supervised"].append(sum(document.supervised for document in example.documents))
         columns["units"].append(units(example))
-    if not example_count:
-        raise InvalidData("the file has no examples", code="invalid_n_examples")
-    for column in columns.values():
-        column.close()
+    return count
+
+
+def _as_npy(raw: Path, dtype: np.dtype[Any]) -> None:
+    data = np.memmap(raw, dtype, "r") if raw.stat().st_size else np.empty(0, dtype)
+    np.save(raw.with_suffix(".npy"), data)
+    raw.unlink()
 
 
 class _Column:
     """One growing array on disk."""
 
     def __init__(self, path: Path, dtype: Any) -> None:
-        self._path, self._dtype = path, np.dtype(dtype)
+        self._dtype = np.dtype(dtype)
         self._raw = path.with_suffix(".raw").open("wb")
         self._held: list[np.ndarray] = []
         self._size = 0
@@ -180,7 +199,3 @@ class _Column:
     def close(self) -> None:
         self._flush()
         self._raw.close()
-        raw = self._path.with_suffix(".raw")
-        data = np.memmap(raw, self._dtype, "r") if raw.stat().st_size else np.empty(0, self._dtype)
-        np.save(self._path.with_suffix(".npy"), data)
-        raw.unlink()

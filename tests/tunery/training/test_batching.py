@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunery.training import batching
-from tunery.training.types import Layout
+
+if TYPE_CHECKING:
+    from tunery.training.types import Layout
 
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 

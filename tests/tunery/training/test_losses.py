@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tunery.training import packing
 from tunery.training.collate import collate
 from tunery.training.losses import HeadPolicy, TokenLossComputer, token_losses
-from tunery.training.types import Batch
+
+if TYPE_CHECKING:
+    from tunery.training.types import Batch
 
 CHUNKED = HeadPolicy(path="chunked", chunk_rows=7)
 POLICIES = [HeadPolicy(), HeadPolicy(compact=False), CHUNKED]
