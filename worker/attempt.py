@@ -101,6 +101,7 @@ class Attempt:
         self._kill_at: float | None = None
         self._failure: Failure | None = None
         self._started = False
+        self._step = 0  # as written; a beat alone must not run ahead of the state
         self._checkpoint_asked: datetime | None = None
         self._beat_at = time.monotonic()
         self._heard_at = time.monotonic()
@@ -152,7 +153,7 @@ class Attempt:
         began = time.monotonic()
         async with self._tools.beats.begin() as session:
             orders = await claims.beat(
-                session, self._claim, ttl_s=self._settings.lease_s, step=self._report.step
+                session, self._claim, ttl_s=self._settings.lease_s, step=self._step
             )
         self._renewed(began, orders)
 
@@ -366,6 +367,7 @@ class Attempt:
             self._book.give_back(text)
             return
         self._started = self._started or batch.started
+        self._step = batch.step
         self._renewed(began, orders)
 
     async def _write_batch(self, batch: Batch, text: str) -> Orders | None:

@@ -38,12 +38,15 @@ class LogBook:
             self._keep(data[:cut])
 
     def _keep(self, lines: bytes) -> None:
-        if self._left >= len(lines):
-            self._left -= len(lines)
-            self._ready.append(lines)
-            self._recent.extend(lines.splitlines(keepends=True)[-30:])
+        fits = len(lines) if len(lines) <= self._left else lines.rfind(b"\n", 0, self._left) + 1
+        if fits:
+            self._left -= fits
+            self._ready.append(lines[:fits])
+            self._recent.extend(lines[:fits].splitlines(keepends=True)[-30:])
+        if fits == len(lines):
             return
         self._left = 0  # from here on only the tail: the record has one gap, not many
+        lines = lines[fits:]
         self._tail.append(lines)
         self._tail_bytes += len(lines)
         while self._tail_bytes - len(self._tail[0]) >= _TAIL_BYTES:
