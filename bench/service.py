@@ -22,6 +22,7 @@ from worker.local.parts import Program
 from worker.local.up import answers, first_key, free_port
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
 HOST = "127.0.0.1"
@@ -79,11 +80,11 @@ class ServiceUnderTest:
         }
         server = [sys.executable, "-m", "uvicorn", "--factory", "api.app:app", "--no-access-log"]
         self.api = self._program("api", [*server, "--host", HOST, "--port", str(port)])
-        _until(lambda: answers(f"{self.url}/readyz"), self.home / "api.log")
+        _until(lambda: answers(f"{self.url}/readyz"), self.api)
         self.key = asyncio.run(first_key(self.postgres.url, self.home / "first-key"))
         if self._with_worker:
             self.worker = self._program("worker", [sys.executable, "-m", "worker"])
-            _until(self._worker_is_there, self.home / "worker.log")
+            _until(self._worker_is_there, self.worker)
 
     def _program(self, name: str, command: list[str]) -> Program:
         program = Program(command, self.home / f"{name}.log", os.environ | self.environment, 30.0)
@@ -157,9 +158,10 @@ def _json(answer: httpx2.Response) -> Any:
     return answer.json()
 
 
-def _until(ready: Any, log: Path) -> None:
+def _until(ready: Callable[[], bool], program: Program) -> None:
     until = time.monotonic() + PATIENCE_S
     while not ready():
-        if time.monotonic() > until:
-            raise RuntimeError(f"not ready: {log.read_text(errors='replace')[-2000:]}")
+        died = program.process is None or program.process.poll() is not None
+        if died or time.monotonic() > until:
+            raise RuntimeError(f"not ready: {program.log.read_text(errors='replace')[-2000:]}")
         time.sleep(0.1)
