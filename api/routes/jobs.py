@@ -197,7 +197,7 @@ def _seconds(query: Mapping[str, str], name: str) -> float | None:
     raw = query.get(name)
     if raw is None:
         return None
-    if not re.fullmatch(r"\d{1,12}(\.\d{1,6})?", raw):
+    if not re.fullmatch(r"\d{1,12}(\.\d{1,9})?", raw):
         raise InvalidConfig(f"{name}: unix seconds are expected", param=name)
     return float(raw)
 

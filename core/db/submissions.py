@@ -40,7 +40,7 @@ class File(NamedTuple):
 class References(NamedTuple):
     files: dict[str, File]
     open_jobs: int
-    """Jobs of the project that have not ended; exact only under `quota_lock(exclusive)`."""
+    """Jobs of the project that have not ended; exact only under `lock_quota`."""
     counted_freely: bool
     """Whether no exclusive counter was at work."""
 
@@ -104,11 +104,12 @@ async def references(
     return References({file.public_id: file for file in found}, rows[0].open_jobs, rows[0].free)
 
 
-async def counted_exactly(session: AsyncSession, project_id: int) -> int:
-    """Open jobs of a project, with every other submission of it waiting until we commit."""
+async def lock_quota(session: AsyncSession, project_id: int) -> None:
+    """Have every other submission of the project wait until this transaction ends.
+
+    From here on `references` counts exactly.
+    """
     await session.execute(select(func.pg_advisory_xact_lock(QUOTA_LOCKS, project_id)))
-    count: int = (await session.execute(select(open_jobs(project_id)))).scalar_one()
-    return count
 
 
 async def live_workers(session: AsyncSession) -> list[tuple[list[str], list[dict[str, Any]]]]:

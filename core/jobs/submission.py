@@ -60,13 +60,36 @@ class Submitter:
             QuotaExceeded: the project has too many open jobs.
         """
         request = parse_request(body)
+        made = await self._try(caller, body, request, attempt, exactly=False)
+        if made is None:
+            made = await self._try(caller, body, request, attempt, exactly=True)
+        assert made is not None, "an exact count decides"
+        return made
+
+    async def _try(
+        self,
+        caller: Principal,
+        body: dict[str, Any],
+        request: JobRequest,
+        attempt: Attempt,
+        *,
+        exactly: bool,
+    ) -> tuple[dict[str, Any], bool] | None:
+        """One transaction. None: the quota is too near to be judged from a glance.
+
+        Counting exactly begins with the project's lock and ends with the transaction. It cannot be
+        taken later: two who share it and both want it alone would wait for each other.
+        """
         async with self.db.begin() as session:
+            if exactly:
+                await submissions.lock_quota(session, caller.project_id)
             told = await idempotency.answered(session, attempt)
             if told is not None:
                 return await self._told_again(session, caller, attempt, told), True
             locks = [attempt.shared_lock()] if attempt.first() else []
             plan = await self._plan(session, caller, request, *locks)
-            await self._check_quota(session, caller, plan.open_jobs, plan.counted_freely)
+            if not self._has_room(caller, plan, exactly=exactly):
+                return None
             shown = await self._insert(session, caller, body, plan)
             answer = shown if attempt.key is not None else {"id": shown["id"]}
             await idempotency.remember(session, attempt, answer)
@@ -82,7 +105,7 @@ class Submitter:
             request = parse_request(body)
             async with self.db.begin() as session:
                 plan = await self._plan(session, caller, request)
-                await self._check_quota(session, caller, plan.open_jobs, plan.counted_freely)
+                self._has_room(caller, plan, exactly=True)
         except AppError as error:
             if error.retryable:
                 raise
@@ -178,24 +201,24 @@ class Submitter:
             }
         )
 
-    async def _check_quota(
-        self, session: AsyncSession, caller: Principal, open_jobs: int, counted_freely: bool
-    ) -> None:
-        """Room for one more. Far from the limit a glance is enough; near it, one counts at a time.
+    def _has_room(self, caller: Principal, plan: _Plan, *, exactly: bool) -> bool:
+        """Whether one more job fits. False: perhaps not, count exactly.
 
         Raises:
-            QuotaExceeded: no room.
+            QuotaExceeded: it does not.
         """
         limit = caller.max_queued_jobs or self.settings.max_queued_jobs
-        if counted_freely and open_jobs + submissions.MARGIN < limit:
-            return
-        count = await submissions.counted_exactly(session, caller.project_id)
-        if count >= limit:
-            raise QuotaExceeded(
-                f"the project has {count} of {limit} jobs waiting or running",
-                hint="wait for one to end, or cancel one",
-                param="queued_jobs",
-            )
+        if not exactly and plan.counted_freely and plan.open_jobs + submissions.MARGIN < limit:
+            return True
+        if exactly and plan.open_jobs < limit:
+            return True
+        if not exactly:
+            return False
+        raise QuotaExceeded(
+            f"the project has {plan.open_jobs} of {limit} jobs waiting or running",
+            hint="wait for one to end, or cancel one",
+            param="queued_jobs",
+        )
 
     async def _insert(
         self, session: AsyncSession, caller: Principal, body: dict[str, Any], plan: _Plan

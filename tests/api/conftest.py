@@ -102,6 +102,13 @@ class Service:
         assert row is not None
         return row
 
+    async def limit(self, project: str, jobs: int) -> None:
+        """Set a project's quota of open jobs."""
+        async with self.db.begin() as session:
+            row = await projects.find_project(session, project)
+            assert row is not None
+            row.max_queued_jobs = jobs
+
     async def add_file(self, project: str = "acme", **columns: Any) -> str:
         """A validated file, as an upload would leave it."""
         content = jsonl(CHAT)
