@@ -9,14 +9,18 @@ The message is a doorbell: lost, late or doubled, it changes nothing, because th
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import os
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from celery import signals
 
 from core.broker import WAKE, celery_app
+from core.log import redact
 from worker.attempt import sweep_scratch
 from worker.devices import Slots, offered
 from worker.environment import warm_environment
@@ -76,6 +80,7 @@ def make_app(worker: Worker, **overrides: Any) -> Celery:
         worker.settings.broker_url.get_secret_value(),
         worker.queues,
         worker_concurrency=len(worker.slots.devices),
+        worker_redirect_stdouts=False,  # ours are whole lines already
         **overrides,
     )
 
@@ -109,10 +114,31 @@ def _bind(worker: Worker) -> None:
         worker.warm.stop()
         worker.place.remove()
 
+    signals.setup_logging.connect(set_up_logging, weak=False)
     signals.worker_init.connect(begin, weak=False)
     signals.worker_ready.connect(ready, weak=False)
     signals.worker_shutting_down.connect(leave, weak=False)
     signals.worker_shutdown.connect(end, weak=False)
+
+
+class _AsJson(logging.Formatter):
+    """Celery's own lines, in the shape of ours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "event": redact(super().format(record)),
+            "logger": record.name,
+            "level": record.levelname.lower(),
+            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(),
+        }
+        return json.dumps(line)
+
+
+def set_up_logging(**_: Any) -> None:
+    """In place of Celery's own set-up, which would break our lines up."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_AsJson())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 def refuse_solo(sender: Any) -> None:

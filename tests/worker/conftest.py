@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,27 +290,36 @@ class Farm:
                 assert hashlib.sha256(data).hexdigest() == entry["sha256"]
 
 
-@pytest_asyncio.fixture
-async def farm(settings: Settings, db: Database, tmp_path: Path) -> AsyncIterator[Farm]:
+@asynccontextmanager
+async def open_farm(settings: Settings, db: Database, folder: Path) -> AsyncIterator[Farm]:
     """Everything but workers; what a test starts is stopped after it."""
     store = open_store(settings)
     broker = Broker(settings.broker_url.get_secret_value())
-    farm = Farm(settings, db, store, broker, tmp_path)
+    farm = Farm(settings, db, store, broker, folder)
     _add_model(settings)
     await _add_project(farm)
     stop, poke = asyncio.Event(), asyncio.Event()
     duties = asyncio.create_task(reconciler.run(db, broker, settings, stop, poke, ring_s=1.0))
-    yield farm
-    for worker in farm.workers:
-        with suppress(ProcessLookupError):
-            os.killpg(worker.popen.pid, signal.SIGCONT)
-            os.killpg(worker.popen.pid, signal.SIGKILL)
-        worker.popen.wait()
-    stop.set()
-    poke.set()
-    await duties
-    broker.close()
+    try:
+        yield farm
+    finally:
+        for worker in farm.workers:
+            with suppress(ProcessLookupError):
+                os.killpg(worker.popen.pid, signal.SIGCONT)
+                os.killpg(worker.popen.pid, signal.SIGKILL)
+            worker.popen.wait()
+        stop.set()
+        poke.set()
+        await duties
+        broker.close()
     await until(lambda: not farm.trainers(), 6)
+
+
+@pytest_asyncio.fixture
+async def farm(settings: Settings, db: Database, tmp_path: Path) -> AsyncIterator[Farm]:
+    """A service without its front door, on the run's servers."""
+    async with open_farm(settings, db, tmp_path) as farm:
+        yield farm
 
 
 async def _add_project(farm: Farm) -> None:

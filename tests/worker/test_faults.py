@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import select
 
+from core.db import metrics, workers
+from core.db.engine import Database
+from core.db.migrate import upgrade
 from core.db.tables import JobLogRow
-from tests.worker.conftest import until
+from core.local.broker import EmbeddedBroker
+from core.local.postgres import EmbeddedPostgres
+from tests.worker.conftest import open_farm, until
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from core.settings import Settings
     from tests.worker.conftest import Farm
 
 SLOWLY = {"steps": 60, "step_s": 0.05, "checkpoint_every": 10}
-
-
-async def resumed_from(farm: Farm, job: str) -> int | None:
-    return (await farm.job(job)).resumed_from_step
 
 
 # Losing processes --------------------------------------------------------------------------------
@@ -46,6 +53,7 @@ async def test_a_killed_worker_loses_at_most_one_checkpoint_interval(farm: Farm)
     await farm.oracle()
 
 
+@pytest.mark.slow
 async def test_a_killed_pool_child_is_replaced_and_the_job_resumes(farm: Farm) -> None:
     worker = await farm.worker()
     job = await farm.submit(**SLOWLY)
@@ -71,6 +79,7 @@ async def test_a_trainer_killed_by_the_kernel_is_an_error_not_a_loss(farm: Farm)
     await farm.oracle()
 
 
+@pytest.mark.slow
 async def test_a_frozen_supervisor_loses_its_trainer_and_writes_nothing_when_it_thaws(
     farm: Farm,
 ) -> None:
@@ -189,6 +198,7 @@ async def test_a_checkpoint_is_made_on_request_while_training_goes_on(farm: Farm
 # Drain -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_sigterm_drains_with_a_checkpoint_and_exit_0(farm: Farm) -> None:
     worker = await farm.worker("first")
     job = await farm.submit(**SLOWLY | {"checkpoint_every": 1000, "checkpoint_s": 1.0})
@@ -222,8 +232,6 @@ async def test_a_trainer_that_ignores_sigterm_is_killed_after_the_grace(farm: Fa
 
 
 async def test_a_drain_asked_for_in_the_record_is_obeyed_and_can_be_taken_back(farm: Farm) -> None:
-    from core.db import workers
-
     await farm.worker()
     job = await farm.submit(**SLOWLY)
     await farm.steps(job, 2)
@@ -243,7 +251,7 @@ async def test_a_drain_asked_for_in_the_record_is_obeyed_and_can_be_taken_back(f
 
 
 async def test_a_silent_trainer_is_killed_and_the_job_retried(farm: Farm) -> None:
-    await farm.worker(TUNERY_NO_PROGRESS_S="1")
+    await farm.worker(TUNERY_NO_PROGRESS_S="2")
     job = await farm.submit(**SLOWLY | {"step_s": 0.01}, faults={"1": {"at": 25, "hang": True}})
     row = await farm.reaches(job, "succeeded")
     assert (row.attempt, row.error_count, row.resumed_from_step) == (2, 1, 20), await farm.story(
@@ -371,12 +379,99 @@ async def test_only_the_newest_resume_halves_are_kept_and_every_export(farm: Far
 
 
 async def test_a_base_model_that_is_gone_fails_by_name(farm: Farm) -> None:
-    import shutil
-
     await farm.worker()
     shutil.rmtree(farm.settings.resolved_models_dir() / "tiny")
     job = await farm.submit(steps=3)
     row = await farm.reaches(job, "failed")
     assert row.error is not None
     assert row.error["code"] == "base_model_unavailable"
+    await farm.oracle()
+
+
+@pytest.mark.slow
+async def test_a_broker_that_stops_and_forgets_delays_only_what_waits(
+    settings: Settings, db: Database, tmp_path: Path, servers_dir: Path
+) -> None:
+    with EmbeddedBroker(servers_dir / "own-broker", persistent=False) as broker:
+        own = settings.model_copy(update={"broker_url": SecretStr(broker.url)})
+        async with open_farm(own, db, tmp_path) as farm:
+            await farm.worker()
+            running = await farm.submit(**SLOWLY)
+            await farm.steps(running, 1)
+            broker.stop()
+            waiting = await farm.submit(steps=3)
+            row = await farm.reaches(running, "succeeded")
+            assert row.attempt == 1
+            # Done with one job, the supervisor looks for the next: no bell needed.
+            await farm.reaches(waiting, "succeeded")
+            later = await farm.submit(steps=3)
+            broker.start()
+            await farm.reaches(later, "succeeded", within_s=45)
+            await farm.oracle()
+
+
+@pytest.mark.slow
+async def test_a_postgres_that_restarts_costs_no_attempt(
+    settings: Settings, broker_url: str, tmp_path: Path, servers_dir: Path
+) -> None:
+    async with own_postgres(settings, servers_dir / "own-pg-1", tmp_path) as (farm, postgres):
+        await farm.worker(TUNERY_LEASE_S="12")
+        job = await farm.submit(**SLOWLY)
+        await farm.steps(job, 5)
+        await asyncio.to_thread(postgres.stop)
+        await asyncio.sleep(1.0)
+        await asyncio.to_thread(postgres.start)
+        row = await farm.reaches(job, "succeeded")
+        assert (row.attempt, row.error_count, row.lost_count) == (1, 0, 0)
+        async with farm.db.session() as session:
+            steps = [step async for step, _ in metrics.rows(session, row.id)]
+        assert steps == list(range(1, 61))  # nothing was lost in between
+        await farm.oracle()
+
+
+@pytest.mark.slow
+async def test_a_postgres_that_is_away_for_long_stops_training_and_fails_nothing(
+    settings: Settings, broker_url: str, tmp_path: Path, servers_dir: Path
+) -> None:
+    async with own_postgres(settings, servers_dir / "own-pg-2", tmp_path) as (farm, postgres):
+        await farm.worker()
+        job = await farm.submit(**SLOWLY | {"steps": 120})
+        await until(lambda: farm.checkpoints(job))
+        await asyncio.to_thread(postgres.stop)
+        stopped = time.monotonic()
+        await until(lambda: not farm.trainers(), 6)
+        assert time.monotonic() - stopped < 3.5
+        await asyncio.sleep(3.0)
+        await asyncio.to_thread(postgres.start)
+        row = await farm.reaches(job, "succeeded", within_s=60)
+        assert row.attempt >= 2
+        assert row.error_count == 0
+        assert row.resumed_from_step is not None
+        await farm.oracle()
+
+
+@asynccontextmanager
+async def own_postgres(
+    settings: Settings, folder: Path, tmp_path: Path
+) -> AsyncIterator[tuple[Farm, EmbeddedPostgres]]:
+    """A farm on a Postgres that may be stopped."""
+    with EmbeddedPostgres(folder, durable=False) as postgres:
+        await asyncio.to_thread(upgrade, postgres.url)
+        own = settings.model_copy(update={"database_url": SecretStr(postgres.url)})
+        db = Database(postgres.url, pool_size=8)
+        try:
+            async with open_farm(own, db, tmp_path) as farm:
+                yield farm, postgres
+        finally:
+            await db.close()
+
+
+@pytest.mark.slow
+async def test_two_workers_share_a_burst_without_a_job_run_twice(farm: Farm) -> None:
+    await farm.worker("first")
+    await farm.worker("second")
+    jobs = [await farm.submit(steps=4, checkpoint_every=100) for _ in range(12)]
+    rows = [await farm.reaches(job, "succeeded", within_s=40) for job in jobs]
+    assert [row.attempt for row in rows] == [1] * 12
+    assert {row.worker for row in rows} == {"first", "second"}
     await farm.oracle()
