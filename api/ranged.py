@@ -1,7 +1,6 @@
-"""Bytes out of the store over HTTP: whole or one range, `HEAD`, and a strong `ETag`.
+"""Downloads: HEAD, ranges, conditional requests, digests. RFC 9110 §13 and §14, RFC 9530.
 
-The `ETag` is the content's sha256, which never changes under a key, so a download that broke can
-be continued from any server. Nothing is ever compressed on the way: clients count on the length.
+Never compressed: who resumes a download must know its length.
 """
 
 from __future__ import annotations
@@ -13,16 +12,18 @@ from urllib.parse import quote
 
 from fastapi.responses import Response, StreamingResponse
 
+from api.errors import render
 from tunery.errors import RangeNotSatisfiable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
 
     from fastapi import Request
+    from starlette.types import Send
 
     from core.artifacts.stores import ArtifactStore
 
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+_RANGE = re.compile(r"bytes=\s*(\d{0,19})-(\d{0,19})\s*", re.IGNORECASE)
 
 
 def ranged(
@@ -36,62 +37,89 @@ def ranged(
     content_type: str,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The response to a GET or HEAD of one stored object.
+    """The answer to a GET or HEAD of a stored artifact that never changes.
 
-    Several ranges at once are answered with the whole, as RFC 9110 allows.
+    200, 206 for one satisfiable range, 304 when the client has it, 416 beyond the end. Several
+    ranges, and what is no range at all, are answered with the whole, as RFC 9110 allows.
 
     Args:
-        sha256: of the whole object, in hex.
-        filename: what a browser should save it as.
-
-    Raises:
-        RangeNotSatisfiable: the range begins behind the end.
+        sha256: of all its bytes, in hex; the `ETag`.
+        filename: what the client may save it as; quoted safely, whatever it is.
     """
     etag = f'"{sha256}"'
-    told = {
-        "accept-ranges": "bytes",
+    made = {
         "etag": etag,
+        "accept-ranges": "bytes",
+        "cache-control": "private, no-cache",
+        "content-disposition": disposition(filename),
         "repr-digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:",
-        "content-disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
         **(headers or {}),
     }
-    if _matches(request.headers.get("if-none-match"), etag):
-        return Response(status_code=304, headers=told)
+    if _has(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=made)
     span = _span(request, etag, size_bytes)
+    if span == (0, 0):
+        refusal = render(RangeNotSatisfiable(f"the file has {size_bytes} bytes"))
+        refusal.headers["content-range"] = f"bytes */{size_bytes}"
+        return refusal
     start, end = span or (0, size_bytes)
-    told["content-length"] = str(end - start)
     if span is not None:
-        told["content-range"] = f"bytes {start}-{end - 1}/{size_bytes}"
+        made["content-range"] = f"bytes {start}-{end - 1}/{size_bytes}"
+    made["content-length"] = str(end - start)
     status = 200 if span is None else 206
-    if request.method == "HEAD":
-        return Response(status_code=status, headers=told, media_type=content_type)
-    return StreamingResponse(
-        store.get(key, start, end), status_code=status, headers=told, media_type=content_type
+    if request.method == "HEAD" or start == end:
+        return Response(status_code=status, headers=made, media_type=content_type)
+    return _Download(
+        store.get(key, start, end), status_code=status, headers=made, media_type=content_type
     )
 
 
-def _matches(header: str | None, etag: str) -> bool:
-    if header is None:
+def disposition(filename: str) -> str:
+    """`Content-Disposition: attachment` for any name at all (RFC 6266)."""
+    name = re.sub(r"[\x00-\x1f\x7f]", "", filename.replace("\\", "/").rsplit("/", 1)[-1]) or "file"
+    plain = re.sub(r"[^A-Za-z0-9 ._()+=@-]", "_", name)
+    exact = quote(name, safe="", errors="replace")
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{exact}"
+
+
+def _has(given: str | None, etag: str) -> bool:
+    """Whether an `If-None-Match` names this tag; weak comparison, as for GET."""
+    if given is None:
         return False
-    named = [part.strip().removeprefix("W/") for part in header.split(",")]
-    return "*" in named or etag in named
+    tags = [tag.strip().removeprefix("W/") for tag in given.split(",")]
+    return "*" in tags or etag in tags
 
 
 def _span(request: Request, etag: str, size: int) -> tuple[int, int] | None:
-    """First byte and the one behind the last; None: the whole."""
-    header = request.headers.get("range")
-    if header is None or request.headers.get("if-range", etag) != etag:
+    """The bytes asked for, `(start, end)`; None: all of them; `(0, 0)`: none that are there."""
+    match = _RANGE.fullmatch(request.headers.get("range", ""))
+    # A resumed download of something else must begin again.
+    if match is None or request.headers.get("if-range", etag) != etag:
         return None
-    match = _RANGE.fullmatch(header.strip())
-    if match is None or match[1] == match[2] == "":
+    first, last = match.groups()
+    if not first and not last:
         return None
-    if match[1] == "":
-        start, end = max(0, size - int(match[2])), size
-    else:
-        start = int(match[1])
-        end = size if match[2] == "" else min(size, int(match[2]) + 1)
-        if match[2] != "" and int(match[2]) < start:
-            return None
-    if start >= size or start >= end:
-        raise RangeNotSatisfiable(f"the object has {size} bytes", param="range")
-    return start, end
+    if not first:
+        length = min(int(last), size)
+        return (size - length, size) if length else (0, 0)
+    start = int(first)
+    end = min(int(last) + 1, size) if last else size
+    if last and int(last) < start:
+        return None  # not a range by the grammar
+    return (start, end) if start < size else (0, 0)
+
+
+class _Download(StreamingResponse):
+    """Begins when the first bytes are there, so that a store that fails is a failed request."""
+
+    async def stream_response(self, send: Send) -> None:
+        body = aiter(self.body_iterator)
+        first = await anext(body, b"")
+
+        async def whole() -> AsyncIterator[str | bytes | memoryview]:
+            yield first
+            async for chunk in body:
+                yield chunk
+
+        self.body_iterator = whole()
+        await super().stream_response(send)
