@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from worker.process import Exit
 
 
+_SIGNALLED = 128
+"""Added to a signal's number in exit codes, as shells do."""
+
+
 class Ending(StrEnum):
     """Why the supervisor ends an attempt before the trainer does."""
 
@@ -97,6 +101,8 @@ def of_exit(end: Exit, last_lines: str) -> Failure:
         return Failure("worker_lost", "platform", "the worker lost touch with the database", True)
     if end.code is not None and end.code < 0:
         return _of_signal(-end.code, last_lines)
+    if end.code is not None and end.code > _SIGNALLED:  # a rank, says the launcher
+        return _of_signal(end.code - _SIGNALLED, last_lines)
     if end.code == 0:
         return _internal("the trainer left without a result", last_lines)
     return _internal(f"the trainer exited with code {end.code} without saying why", last_lines)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -46,8 +47,7 @@ def launch(workdir: Path, events_fd: int) -> int:
     try:
         codes = elastic_launch(_config(order), _rank)(str(workdir), events_fd)
     except ChildFailedError as error:
-        _report(order, workdir, events_fd, error)
-        return EXIT_FAILED
+        return _report(order, workdir, events_fd, error)
     return int(max(codes.values(), default=EXIT_FAILED))
 
 
@@ -78,6 +78,7 @@ def _rank(workdir: str, events_fd: int) -> int:
     """
     stop = StopFlag()
     stop.install()
+    _use_threads()
     folder = Path(workdir)
     order = RunOrder.model_validate_json((folder / "run.json").read_bytes())
     rank = int(os.environ["RANK"])
@@ -95,6 +96,13 @@ def _rank(workdir: str, events_fd: int) -> int:
     return code
 
 
+def _use_threads() -> None:
+    """Use as many threads as this rank is given: a warm torch has read another environment."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads:
+        torch.set_num_threads(int(threads))
+
+
 def _write(descriptor: int, line: str) -> None:
     """All of it, whatever the pipe takes at once."""
     data = memoryview(line.encode())
@@ -102,16 +110,21 @@ def _write(descriptor: int, line: str) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _report(order: RunOrder, workdir: Path, events_fd: int, error: ChildFailedError) -> None:
-    """Say what a rank other than the speaking one failed of, or that one died without a word."""
+def _report(order: RunOrder, workdir: Path, events_fd: int, error: ChildFailedError) -> int:
+    """Say what a rank other than the speaking one failed of, or that one died without a word.
+
+    Returns:
+        `EXIT_FAILED`; 128 + n when a rank was killed by signal n, as a shell would say.
+    """
     if (workdir / "failure-rank0.json").exists():
-        return
+        return EXIT_FAILED
     told = sorted(workdir.glob("failure-rank*.json"))
     if told:
         _write(events_fd, read_event(told[0].read_bytes()).model_dump_json() + "\n")
-        return
+        return EXIT_FAILED
     rank, first = error.get_first_failure()
     print(f"rank {rank} ended with exit code {first.exitcode}", file=sys.stderr)  # noqa: T201 - the log
+    return 128 - first.exitcode if first.exitcode < 0 else EXIT_FAILED
 
 
 def _forward_signals() -> None:
