@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 REPORT_S = 0.5
 WATCH_S = 0.1
+STOP_AGAIN_S = 1.0
 MAX_BACKOFF_S = 600.0
 
 
@@ -99,6 +100,7 @@ class Attempt:
         self._ending: Ending | None = None
         self._end_now = asyncio.Event()
         self._kill_at: float | None = None
+        self._stop_again_at = 0.0
         self._failure: Failure | None = None
         self._started = False
         self._step = 0  # as written; a beat alone must not run ahead of the state
@@ -194,6 +196,7 @@ class Attempt:
             self._process.kill()
         else:
             self._process.stop()
+            self._stop_again_at = time.monotonic() + STOP_AGAIN_S
             self._kill_at = time.monotonic() + self._settings.stop_grace_s
 
     # The run ---------------------------------------------------------------------------------
@@ -339,11 +342,20 @@ class Attempt:
             if self._process is not None:
                 if now - self._heard_at > self._settings.no_progress_s:
                     self._end(Ending.NO_PROGRESS)
-                if self._kill_at is not None and now > self._kill_at:
-                    self._log.warning("trainer.ignores_stop")
-                    self._kill_at = None
-                    self._process.kill()
+                self._insist(self._process, now)
             await asyncio.sleep(WATCH_S)
+
+    def _insist(self, process: TrainerProcess, now: float) -> None:
+        """Told to stop, it may not have listened yet: say it again, and kill it in the end."""
+        if self._kill_at is None:
+            return
+        if now > self._kill_at:
+            self._log.warning("trainer.ignores_stop")
+            self._kill_at = None
+            process.kill()
+        elif now > self._stop_again_at:
+            self._stop_again_at = now + STOP_AGAIN_S
+            process.stop()
 
     # The record ------------------------------------------------------------------------------
 
