@@ -88,12 +88,15 @@ class Optimizer:
             fused=True,
         )
         self._allocate_state()
-        self.schedule = get_scheduler(
+        schedule = get_scheduler(
             settings.schedule,
             self.adamw,
             num_warmup_steps=settings.warmup_steps,
             num_training_steps=settings.total_steps,
         )
+        # The rate is a function of the step: nothing to save, nothing to replay.
+        self._factor = schedule.lr_lambdas[0]
+        self._steps = 0
 
     def _add(self, members: list[tuple[str, nn.Parameter]]) -> None:
         if not self.settings.flat:
@@ -129,8 +132,7 @@ class Optimizer:
 
     def learning_rate_at(self, step: int) -> float:
         """That the optimizer step after `step` steps is made with."""
-        factor = self.schedule.lr_lambdas[0](step)
-        return float(self.settings.learning_rate * factor)
+        return float(self.settings.learning_rate * self._factor(step))
 
     def gradients(self) -> list[Tensor]:
         """What is to be summed over ranks, in place; zeros where nothing flowed."""
@@ -142,7 +144,7 @@ class Optimizer:
         return [slot.parameter.grad for slot in self._slots if slot.parameter.grad is not None]
 
     def step(self) -> Tensor:
-        """Clip, update, advance the schedule, drop the gradients.
+        """Clip, update at the schedule's rate, drop the gradients.
 
         Returns:
             The gradients' global L2 norm before clipping: float32 scalar on the device.
@@ -150,8 +152,10 @@ class Optimizer:
         for leaf, gradient in zip(self._leaves, self._leaf_gradients(), strict=True):
             leaf.grad = gradient
         norm = _clip(self._leaves, self.settings.max_grad_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate_at(self._steps)
         self.adamw.step()
-        self.schedule.step()
+        self._steps += 1
         self._publish()
         self.discard()
         return norm
@@ -212,8 +216,7 @@ class Optimizer:
                 slot.view(self.adamw.state[leaf][moment]).copy_(state[f"{slot.name}.{moment}"])
             self.adamw.state[leaf]["step"].fill_(steps)
         self._publish()
-        for _ in range(steps - self.schedule.last_epoch):
-            self.schedule.step()
+        self._steps = steps
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
         wanted = {

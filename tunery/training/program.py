@@ -230,7 +230,7 @@ class Trainer:
         if self.switches.half_adapters and self.dtype != torch.float32:
             _cast_trained(model, self.dtype)
         if self.spec.compute.gradient_checkpointing:
-            cast("Any", base).gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute(base)
         if not self.switches.frozen_prefix:
             cast("Any", base).enable_input_require_grads()
         return model
@@ -579,6 +579,12 @@ def _device(asked: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def _recompute(base: Any) -> None:
+    """Keep no activations of the blocks; the non-reentrant kind, which needs no input gradients."""
+    enable = getattr(base, "activation_checkpointing_enable", None)  # transformers >= 5.20
+    (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _cast_trained(model: nn.Module, dtype: torch.dtype) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tunery.methods.supervised import Supervised, SupervisedConfig
+from tunery.spec import BaseModelRef, Data, DataFile, TrainingSpec, Use
 from tunery.tasks.text_generation import Runtime
 from tunery.training.control import StopFlag
 from tunery.training.engines import engine_for
 from tunery.training.loop import Loop, LoopSettings
 from tunery.training.losses import HeadPolicy, TokenLossComputer
 from tunery.training.optimizer import OptimizerSettings
+from tunery.training.protocol import RunOrder
 from tunery.training.store import build
 from tunery.training.types import IGNORE, Document, Example, MethodRun
 
@@ -30,6 +35,26 @@ if TYPE_CHECKING:
     from tunery.training.store import TokenStore
 
 VOCABULARY = 97
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<unk>"]
+
+
+def _make_tokenizer(template: str | None, *, bos: bool = False) -> Any:
+    """Bytes as tokens, with special ones: what is learnt can be read off."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate([*SPECIALS, *alphabet])}
+    core = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 @dataclass
@@ -194,8 +219,98 @@ def _document(
 
 
 @pytest.fixture
+def make_tokenizer() -> Any:
+    """`make_tokenizer(template, bos=False)`."""
+    return _make_tokenizer
+
+
+@pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield Lab(tmp_path)
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def base_model(lab: Lab, tmp_path: Path) -> Path:
+    """A folder with a tiny random Llama, a byte tokenizer and a ChatML template."""
+    folder = tmp_path / "base"
+    lab.llama(vocab_size=261, max_position_embeddings=256).save_pretrained(folder)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    _make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_order(base_model: Path, tmp_path: Path) -> Any:
+    """`make_order(rows, config=..., adapter=..., **spec)`: writes the files, gives a RunOrder."""
+
+    def write(rows: Sequence[dict[str, Any]], name: str, format: str) -> tuple[DataFile, str]:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = path.read_bytes()
+        file = DataFile(
+            file_id=f"file-{name}",
+            sha256=hashlib.sha256(data).hexdigest(),
+            format=format,
+            rows=len(rows),
+            size_bytes=len(data),
+        )
+        return file, str(path)
+
+    def make(
+        rows: Sequence[dict[str, Any]],
+        valid: Sequence[dict[str, Any]] = (),
+        *,
+        format: str = "chat",
+        config: dict[str, Any] | None = None,
+        adapter: Use | None = None,
+        base: Path = base_model,
+        order: dict[str, Any] | None = None,
+        **spec: Any,
+    ) -> RunOrder:
+        training, training_path = write(rows, "train.jsonl", format)
+        validation, validation_path = write(valid, "valid.jsonl", format) if valid else (None, None)
+        settings = {"batch_size": 4, "learning_rate": 1e-2, "max_length": 64, **(config or {})}
+        return RunOrder(
+            run="ftjob-test",
+            spec=TrainingSpec(
+                model=BaseModelRef(name="tiny"),
+                task=Use(type="text-generation"),
+                method=Use(type="supervised", config=settings),
+                adapter=adapter or Use(type="lora", config={"r": 4, "lora_alpha": 8}),
+                data=Data(training=training, validation=validation),
+                seed=5,
+                **spec,
+            ),
+            base_model_path=str(base),
+            training_path=training_path,
+            validation_path=validation_path,
+            **(order or {}),
+        )
+
+    return make
+
+
+@pytest.fixture
+def chats() -> Any:
+    """`chats(n, seed=0)`: short conversations of unlike lengths."""
+
+    def make(count: int, seed: int = 0) -> list[dict[str, Any]]:
+        draw = np.random.default_rng(seed)
+        words = ["yes", "no", "perhaps", "of course", "let me see"]
+        return [
+            {
+                "messages": [
+                    {"role": "user", "content": " ".join(draw.choice(words, draw.integers(1, 4)))},
+                    {"role": "assistant", "content": str(draw.choice(words))},
+                ]
+            }
+            for _ in range(count)
+        ]
+
+    return make

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from tunery.errors import InvalidData
 from tunery.training.encoding import encode_row
@@ -42,26 +40,6 @@ PICKY = (
     "{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<unk>"]
-
-
-def make_tokenizer(template: str | None = CHATML, *, bos: bool = False) -> Any:
-    """Bytes as tokens, with special ones: what is learnt can be read off."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {c: i for i, c in enumerate([*SPECIALS, *alphabet])}
-    core = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def options(format: str, **overrides: Any) -> EncodeOptions:
@@ -93,7 +71,7 @@ def chat(*turns: str, **extra: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_replies_and_their_stop_tokens_are_learnt(template: str) -> None:
+def test_replies_and_their_stop_tokens_are_learnt(template: str, make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(template)
     row = chat("Hi", "Hello!", "Bye", "See you.")
     example = encode_row(row, tokenizer, options("chat"), 0)
@@ -101,7 +79,7 @@ def test_replies_and_their_stop_tokens_are_learnt(template: str) -> None:
     assert whole(example, tokenizer).startswith("<|im_start|>user\nHi<|im_end|>\n")
 
 
-def test_spans_agree_with_and_without_marks_on_odd_text() -> None:
+def test_spans_agree_with_and_without_marks_on_odd_text(make_tokenizer: Any) -> None:
     row = chat("é\n\n", "  spaced  ", "assistant\n", "<b>assistant</b>\n", "日本", "🎉 ok")
     by_template = []
     for template in (CHATML, MARKED):
@@ -111,14 +89,16 @@ def test_spans_agree_with_and_without_marks_on_odd_text() -> None:
     assert by_template[0].supervised > 0
 
 
-def test_the_same_words_said_by_both_are_told_apart() -> None:
-    tokenizer = make_tokenizer()
+def test_the_same_words_said_by_both_are_told_apart(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(CHATML)
     example = encode_row(chat("yes", "yes", "yes", "yes"), tokenizer, options("chat"), 0)
     assert learnt(example, tokenizer) == ["yes<|im_end|>", "yes<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_a_message_of_weight_zero_is_read_and_not_learnt(template: str) -> None:
+def test_a_message_of_weight_zero_is_read_and_not_learnt(
+    template: str, make_tokenizer: Any
+) -> None:
     tokenizer = make_tokenizer(template)
     row = chat("Hi", "Bad.", "Again", "Good.")
     row["messages"][1]["weight"] = 0
@@ -129,20 +109,20 @@ def test_a_message_of_weight_zero_is_read_and_not_learnt(template: str) -> None:
     assert "weight" not in whole(example, tokenizer)
 
 
-def test_a_template_with_eos_and_a_bos_per_turn() -> None:
+def test_a_template_with_eos_and_a_bos_per_turn(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(LLAMA2)
     example = encode_row(chat("Hi", "Hello", "Bye", "Ciao"), tokenizer, options("chat"), 0)
     assert learnt(example, tokenizer) == [" Hello </s>", " Ciao </s>"]
 
 
-def test_a_template_that_rewrites_earlier_turns() -> None:
+def test_a_template_that_rewrites_earlier_turns(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(THINKING)
     row = chat("Q1", "A1", "Q2", "<think>hm</think>A2")
     example = encode_row(row, tokenizer, options("chat"), 0)
     assert learnt(example, tokenizer) == ["A1<|im_end|>", "<think>hm</think>A2<|im_end|>"]
 
 
-def test_a_reply_that_the_template_rewrote_is_refused_and_not_quoted() -> None:
+def test_a_reply_that_the_template_rewrote_is_refused_and_not_quoted(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(THINKING)
     row = chat("Q1", "<think>secret</think>A1", "Q2", "A2")
     with pytest.raises(InvalidData) as caught:
@@ -152,7 +132,7 @@ def test_a_reply_that_the_template_rewrote_is_refused_and_not_quoted() -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_refusing_template_is_not_quoted() -> None:
+def test_a_refusing_template_is_not_quoted(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(PICKY)
     row = {"messages": [{"role": "system", "content": "secret"}, *chat("a", "b")["messages"]]}
     with pytest.raises(InvalidData) as caught:
@@ -161,7 +141,7 @@ def test_a_refusing_template_is_not_quoted() -> None:
     assert "row 3" in str(caught.value)
 
 
-def test_training_on_all_tokens_leaves_out_the_bos() -> None:
+def test_training_on_all_tokens_leaves_out_the_bos(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer("{{ bos_token }}" + CHATML)
     example = encode_row(chat("Hi", "Yo"), tokenizer, options("chat", train_on="all"), 0)
     labels = example.documents[0].labels
@@ -169,15 +149,15 @@ def test_training_on_all_tokens_leaves_out_the_bos() -> None:
     assert (labels[1:] != IGNORE).all()
 
 
-def test_a_doubled_bos_becomes_one() -> None:
+def test_a_doubled_bos_becomes_one(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer("{{ bos_token }}{{ bos_token }}" + CHATML)
     example = encode_row(chat("Hi", "Yo"), tokenizer, options("chat"), 0)
     assert example.documents[0].input_ids[:2].tolist() == [0, 2]
     assert learnt(example, tokenizer) == ["Yo<|im_end|>"]
 
 
-def test_content_in_parts_is_joined() -> None:
-    tokenizer = make_tokenizer()
+def test_content_in_parts_is_joined(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(CHATML)
     row = chat("Hi", "x")
     row["messages"][1]["content"] = [
         {"type": "text", "text": "one "},
@@ -189,7 +169,7 @@ def test_content_in_parts_is_joined() -> None:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_a_completion_is_learnt_with_its_stop_token(bos: bool) -> None:
+def test_a_completion_is_learnt_with_its_stop_token(bos: bool, make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(None, bos=bos)
     row = {"prompt": "2+2=", "completion": "4"}
     example = encode_row(row, tokenizer, options("prompt_completion"), 0)
@@ -197,7 +177,7 @@ def test_a_completion_is_learnt_with_its_stop_token(bos: bool) -> None:
     assert whole(example, tokenizer) == ("<s>" if bos else "") + "2+2=4</s>"
 
 
-def test_a_completion_that_brings_its_stop_token_gets_no_second() -> None:
+def test_a_completion_that_brings_its_stop_token_gets_no_second(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(None, bos=True)
     row = {"prompt": "<s>a", "completion": "b</s>"}
     example = encode_row(row, tokenizer, options("prompt_completion"), 0)
@@ -205,15 +185,17 @@ def test_a_completion_that_brings_its_stop_token_gets_no_second() -> None:
     assert learnt(example, tokenizer) == ["b</s>"]
 
 
-def test_text_is_learnt_but_for_the_bos() -> None:
+def test_text_is_learnt_but_for_the_bos(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(None, bos=True)
     example = encode_row({"text": "abc"}, tokenizer, options("text"), 0)
     assert learnt(example, tokenizer) == ["abc</s>"]
     assert example.documents[0].supervised == 4
 
 
-def test_a_preference_row_is_two_documents_that_learn_their_outputs_only() -> None:
-    tokenizer = make_tokenizer()
+def test_a_preference_row_is_two_documents_that_learn_their_outputs_only(
+    make_tokenizer: Any,
+) -> None:
+    tokenizer = make_tokenizer(CHATML)
     row = {
         "input": chat("Q0", "A0", "Q1"),
         "preferred_output": [{"role": "assistant", "content": "good"}],
@@ -227,8 +209,8 @@ def test_a_preference_row_is_two_documents_that_learn_their_outputs_only() -> No
     assert "A0" in whole(example, tokenizer, 1)
 
 
-def test_conversational_prompts_and_completions() -> None:
-    tokenizer = make_tokenizer()
+def test_conversational_prompts_and_completions(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(CHATML)
     row = {
         "prompt": chat("Q0", "A0", "Q1")["messages"],
         "completion": [chat("", "A1")["messages"][1]],
@@ -237,19 +219,19 @@ def test_conversational_prompts_and_completions() -> None:
     assert learnt(example, tokenizer) == ["A1<|im_end|>"]
 
 
-def test_what_is_over_the_length_is_cut_off() -> None:
-    tokenizer = make_tokenizer()
+def test_what_is_over_the_length_is_cut_off(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(CHATML)
     example = encode_row(chat("Hi", "a" * 50), tokenizer, options("chat", max_length=30), 0)
     assert len(example.documents[0].input_ids) == 30
     assert learnt(example, tokenizer)[0].strip("a") == ""
 
 
-def test_without_a_template_the_row_is_refused_with_the_way_out() -> None:
+def test_without_a_template_the_row_is_refused_with_the_way_out(make_tokenizer: Any) -> None:
     with pytest.raises(InvalidData, match="chat_template transform"):
         encode_row(chat("a", "b"), make_tokenizer(None), options("chat"), 0)
 
 
-def test_variables_of_the_row_reach_the_template() -> None:
+def test_variables_of_the_row_reach_the_template(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer("{{ mood }}|" + CHATML)
     row = chat("Hi", "Yo", chat_template_kwargs={"mood": "calm"})
     example = encode_row(row, tokenizer, options("chat"), 0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tunery.errors import CheckpointCorrupt
 from tunery.training.optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -70,7 +72,11 @@ class SingleEngine:
         return lambda folder: save_file(state, folder / STATE)
 
     def restore(self, folder: Path, steps: int) -> None:
-        self.optimizer.load(load_file(folder / STATE), steps)
+        try:
+            state = load_file(folder / STATE)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointCorrupt(f"{STATE} cannot be read ({type(error).__name__})") from error
+        self.optimizer.load(state, steps)
 
     def close(self) -> None:
         """Nobody to leave."""
