@@ -33,9 +33,7 @@ PUBLIC = {
 
 
 @pytest_asyncio.fixture
-async def job(
-    http: httpx2.AsyncClient, data_file: str, base_model: str, worker: Worker
-) -> str:
+async def job(http: httpx2.AsyncClient, data_file: str, base_model: str, worker: Worker) -> str:
     """A running job with exports at steps 2 (the best), 4 and 6."""
     body = {"model": base_model, "training_file": data_file}
     made: str = (await http.post(JOBS, json=body)).json()["id"]
@@ -115,7 +113,11 @@ async def test_ranges_conditions_and_head(http: httpx2.AsyncClient, job: str) ->
     }
     assert "content-encoding" not in whole.headers
     size = len(WEIGHTS)
-    for asked, start, end in (("0-0", 0, 1), ("-5", size - 5, size), (f"{size - 1}-", size - 1, size)):
+    for asked, start, end in (
+        ("0-0", 0, 1),
+        ("-5", size - 5, size),
+        (f"{size - 1}-", size - 1, size),
+    ):
         part = await http.get(path, headers={"range": f"bytes={asked}"})
         assert part.status_code == 206
         assert part.content == WEIGHTS[start:end]

@@ -219,7 +219,9 @@ async def test_a_failed_job_tells_why_and_a_healthy_one_has_null(
     }
 
 
-async def test_filters_of_the_list(client: AsyncOpenAI, body: dict[str, Any], worker: Worker) -> None:
+async def test_filters_of_the_list(
+    client: AsyncOpenAI, body: dict[str, Any], worker: Worker
+) -> None:
     jobs = client.fine_tuning.jobs
     plain = await jobs.create(**body)
     blue = await jobs.create(**body, metadata={"colour": "blue", "n": "1"})

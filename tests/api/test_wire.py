@@ -263,7 +263,9 @@ async def test_an_idempotency_key_replays_refuses_and_belongs_to_a_project(
     theirs = await rival.post(JOBS, json=body | {"training_file": file})
     assert theirs.status_code == 200
     assert theirs.json()["id"] != first.json()["id"]
-    assert (await http.post(JOBS, json=body, headers={"idempotency-key": "x" * 256})).status_code == 400
+    assert (
+        await http.post(JOBS, json=body, headers={"idempotency-key": "x" * 256})
+    ).status_code == 400
 
 
 async def test_the_same_key_at_once_makes_one_job(
@@ -333,9 +335,7 @@ async def test_a_broken_stream_goes_on_without_gap_or_repeat(
     assert len(seen) == len(set(seen))
 
 
-async def test_the_stock_client_reads_our_stream(
-    client: AsyncOpenAI, body: dict[str, Any]
-) -> None:
+async def test_the_stock_client_reads_our_stream(client: AsyncOpenAI, body: dict[str, Any]) -> None:
     job = await client.fine_tuning.jobs.create(**body)
     await client.fine_tuning.jobs.cancel(job.id)
     stream = await client.get(
@@ -372,10 +372,16 @@ async def test_metrics_are_columns_and_csv_with_openais_names_first(
     claim = await worker.claim()
     for step in (1, 2, 3):
         await worker.step(
-            claim, step, train_loss=3.0 - step / 2, train_mean_token_accuracy=step / 4, grad_norm=1.0
+            claim,
+            step,
+            train_loss=3.0 - step / 2,
+            train_mean_token_accuracy=step / 4,
+            grad_norm=1.0,
         )
     await worker.step(claim, 3, valid_loss=1.25)
-    data = (await http.get(f"{JOBS}/{job.id}/metrics", params={"keys": "train_loss"})).json()["data"]
+    data = (await http.get(f"{JOBS}/{job.id}/metrics", params={"keys": "train_loss"})).json()[
+        "data"
+    ]
     assert data["train_loss"]["steps"] == [1, 2, 3]
     assert data["train_loss"]["values"] == [2.5, 2.0, 1.5]
     assert set(data) == {"train_loss"}
