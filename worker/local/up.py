@@ -155,7 +155,14 @@ class EmbeddedService:
             time.sleep(0.1)
         if self.stopping.is_set():
             raise ServiceUnavailable("stopped while starting", code="interrupted")
-        raise ServiceUnavailable(f"the API did not start: {tail(self._place.logs / 'api.log')}")
+        raise self._no_api()
+
+    def _no_api(self) -> ServiceUnavailable:
+        path = self._place.logs / "api.log"
+        last = tail(path).splitlines()[-1:]
+        return ServiceUnavailable(
+            f"the API did not start: {''.join(last)}", hint=f"its whole output is in {path}"
+        )
 
     def run(self) -> None:
         """Watch the parts until `stopping` is set; what dies is started again."""
