@@ -16,10 +16,20 @@ SEED = 20
 ROWS = {"train": 320, "validation": 48}
 SYSTEM = "Answer with one JSON object: intent, product, urgency, order_id."
 
-PRODUCTS = (
-    "headphones kettle backpack desk-lamp keyboard blender tent yoga-mat smartwatch coffee-grinder "
-    "rice-cooker monitor"
-).split()
+PRODUCTS = [
+    "headphones",
+    "kettle",
+    "backpack",
+    "desk-lamp",
+    "keyboard",
+    "blender",
+    "tent",
+    "yoga-mat",
+    "smartwatch",
+    "coffee-grinder",
+    "rice-cooker",
+    "monitor",
+]
 SPOKEN = {
     "desk-lamp": "desk lamp",
     "yoga-mat": "yoga mat",
