@@ -13,7 +13,6 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-from core.broker import Broker
 from fastapi import APIRouter, FastAPI
 
 from api import errors, routes
@@ -22,9 +21,12 @@ from api.edge import Edge
 from core import log
 from core import settings as settings_module
 from core.artifacts.stores import open_store
+from core.broker import Broker
 from core.db.engine import Database
+from core.db.polls import JobPolls
 from core.jobs import reconciler
 from core.jobs.capability import BaseModels, Fleet
+from core.jobs.reading import JobReader
 from core.jobs.submission import Submitter
 from core.projects.keys import KeyRing
 from tunery import __version__
@@ -80,6 +82,7 @@ def _lifespan(
 async def _running(settings: Settings) -> AsyncIterator[Service]:
     """Everything a process holds open, and its two background tasks."""
     db = Database(settings.database_url.get_secret_value())
+    polls = JobPolls(settings.database_url.get_secret_value())
     broker = Broker(settings.broker_url.get_secret_value())
     keys = KeyRing(db)
     models = ModelStore(settings.resolved_models_dir(), settings.hub_allowed)
@@ -91,6 +94,7 @@ async def _running(settings: Settings) -> AsyncIterator[Service]:
         keys=keys,
         models=models,
         submitter=Submitter(db, BaseModels(models), Fleet(), settings),
+        reader=JobReader(db, polls),
         poke=asyncio.Event(),
         stopping=asyncio.Event(),
     )
@@ -110,6 +114,7 @@ async def _running(settings: Settings) -> AsyncIterator[Service]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(broker.close)
+        await polls.close()
         await db.close()
 
 

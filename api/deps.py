@@ -17,12 +17,12 @@ from core.artifacts.stores import ArtifactStore
 from core.broker import Broker
 from core.db import idempotency
 from core.db.engine import Database
+from core.jobs.reading import JobReader
 from core.jobs.submission import Submitter
 from core.projects.keys import KeyRing, Principal, Scope
 from core.settings import Settings
 from tunery.errors import InvalidConfig, PermissionDenied, Unauthenticated
 from tunery.models import ModelStore
-
 
 POKE_AFTER_S = 0.05
 
@@ -38,6 +38,7 @@ class Service:
     keys: KeyRing
     models: ModelStore
     submitter: Submitter
+    reader: JobReader
     poke: asyncio.Event
     stopping: asyncio.Event
     """Set when the process is told to stop: streams end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from api.deps import Service
+    from core.jobs.reading import Rendered
     from core.projects.keys import Principal
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"])
@@ -84,17 +84,16 @@ async def list_jobs(
 
 
 @router.get("/{job_id}")
-async def retrieve(caller: JobsRead, request: Request, parts: Parts, job_id: str) -> Response:
+async def retrieve(caller: JobsRead, request: Request, job_id: str) -> Response:
     """One job. With `Prefer: wait=30`, answered when its status changes or the time is over."""
-    view = await _find(parts, caller, job_id)
+    parts: Service = request.app.state.service
+    job = await _find(parts, caller, job_id)
     if (prefer := request.headers.get("prefer")) is not None:
-        view = await _changed(parts, caller, view, _wait_s(prefer))
-    response = JSONResponse(job_object(view, caller.project))
-    etag = f'W/"{hashlib.sha256(bytes(response.body)).hexdigest()[:32]}"'
-    if request.headers.get("if-none-match") == etag:
-        return Response(status_code=304, headers={"etag": etag})
-    response.headers["etag"] = etag
-    return response
+        job = await _changed(parts, caller, job_id, job, _wait_s(prefer))
+    headers = {"etag": job.etag}
+    if request.headers.get("if-none-match") == job.etag:
+        return Response(status_code=304, headers=headers)
+    return Response(job.body, media_type="application/json", headers=headers)
 
 
 @router.post("/{job_id}/cancel")
@@ -137,12 +136,11 @@ async def change(caller: JobsWrite, parts: Parts, job_id: str, body: Body) -> Re
         return await _shown(session, caller, job_id, found)
 
 
-async def _find(parts: Service, caller: Principal, job_id: str) -> views.JobView:
-    async with parts.db.read() as session:
-        view = await views.job(session, caller.project_id, job_id)
-    if view is None:
+async def _find(parts: Service, caller: Principal, job_id: str) -> Rendered:
+    job = await parts.reader.get(caller.project_id, job_id, caller.project)
+    if job is None:
         raise no_job(job_id)
-    return view
+    return job
 
 
 async def _shown(session: Any, caller: Principal, job_id: str, found: bool) -> Response:
@@ -153,16 +151,16 @@ async def _shown(session: Any, caller: Principal, job_id: str, found: bool) -> R
 
 
 async def _changed(
-    parts: Service, caller: Principal, view: views.JobView, wait_s: float
-) -> views.JobView:
-    """The job once its status differs from `view`'s, or as it is after `wait_s`."""
+    parts: Service, caller: Principal, job_id: str, job: Rendered, wait_s: float
+) -> Rendered:
+    """The job once its status differs from `job`'s, or as it is after `wait_s`."""
     clock = asyncio.get_running_loop().time
     until = clock() + wait_s
-    before = STATUS[State(view.state)]
-    while STATUS[State(view.state)] == before and clock() < until and not parts.stopping.is_set():
+    before = STATUS[State(job.state)]
+    while STATUS[State(job.state)] == before and clock() < until and not parts.stopping.is_set():
         await asyncio.sleep(min(LOOK_EVERY_S, max(0.0, until - clock())))
-        view = await _find(parts, caller, view.public_id)
-    return view
+        job = await _find(parts, caller, job_id)
+    return job
 
 
 def _wait_s(prefer: str) -> float:
