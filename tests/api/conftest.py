@@ -216,6 +216,11 @@ class Worker:
 
     async def claim(self) -> Claim:
         """Take the next job, as far as `running`."""
+        claim = await self.claim_or_none()
+        assert claim is not None, "no job is waiting"
+        return claim
+
+    async def claim_or_none(self) -> Claim | None:
         async with self.db.begin() as session:
             claim = await claims.claim_next(
                 session,
@@ -225,9 +230,9 @@ class Worker:
                 ttl_s=60.0,
                 cached_models=[],
             )
-        assert claim is not None, "no job is waiting"
-        async with self.db.begin() as session:
-            await claims.move(session, claim, "starting", "running")
+        if claim is not None:
+            async with self.db.begin() as session:
+                await claims.move(session, claim, "starting", "running")
         return claim
 
     async def step(self, claim: Claim, step: int, **values: float) -> None:
@@ -252,7 +257,7 @@ class Worker:
         prefix = f"jobs/{claim.public_id}/attempt-{claim.attempt}-{claim.owner[:8]}/step-{step:08d}"
         manifest = []
         for path, content in EXPORT.items():
-            await self.store.put(f"{prefix}/{path}", _once(content))
+            await self.store.put(f"{prefix}/{path}", once(content))
             manifest.append(
                 {
                     "path": path,
@@ -290,7 +295,7 @@ class Worker:
         return job_object(view, project.public_id)
 
 
-async def _once(content: bytes) -> AsyncIterator[bytes]:
+async def once(content: bytes) -> AsyncIterator[bytes]:
     yield content
 
 
