@@ -69,6 +69,7 @@ class EmbeddedService:
         self.stopping = threading.Event()
         self.url = ""
         self.key = ""
+        self._database_url = ""
 
     def start(self) -> None:
         """Bring everything up.
@@ -93,6 +94,7 @@ class EmbeddedService:
         self.url = f"http://{self._settings.host}:{port}"
         postgres, broker = EmbeddedPostgres(home / "postgres"), EmbeddedBroker(home / "broker")
         self._add("postgres", postgres)
+        self._database_url = postgres.url
         self._add("broker", broker)
         self._say("bringing the schema up to date")
         migrate.upgrade(postgres.url)
@@ -180,6 +182,7 @@ class EmbeddedService:
             {
                 "url": self.url,
                 "pid": os.getpid(),
+                "database_url": self._database_url,
                 "parts": [
                     {
                         "name": part.name,
