@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 from pydantic import ValidationError
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from tunery.models import ModelStore
     from worker.devices import Slot
     from worker.process import Exit
+
+T = TypeVar("T")
 
 REPORT_S = 0.5
 WATCH_S = 0.1
@@ -104,9 +106,10 @@ class Attempt:
         self._failure: Failure | None = None
         self._started = False
         self._step = 0  # as written; a beat alone must not run ahead of the state
+        self._recording = asyncio.Lock()
         self._checkpoint_asked: datetime | None = None
         self._beat_at = time.monotonic()
-        self._heard_at = time.monotonic()
+        self._heard_at: float | None = None  # not before the trainer runs
         self._began = time.monotonic()
         self.survivors = 0
         """Processes of the trainer's that could not be killed: its devices are not free."""
@@ -216,20 +219,18 @@ class Attempt:
             return None
         return end
 
-    async def _unless_ended(self, work: Coroutine[Any, Any, Prepared]) -> Prepared:
+    async def _unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(work)
         watch = asyncio.create_task(self._watch())
         stop = asyncio.create_task(self._end_now.wait())
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
         for other in (stop, watch):
             other.cancel()
-        if not task.done():
+        if self._ending is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             raise _Ended
-        if self._ending is not None:
-            raise _Ended
-        return task.result()
+        return await task
 
     async def _prepare(self) -> Prepared:
         tools = self._tools
@@ -248,17 +249,24 @@ class Attempt:
         )
         locks = [slot.fd for slot in self._slots]
         began = time.monotonic()
-        process = await TrainerProcess.start(order, warm=self._tools.warm, locks=locks)
-        took_s = round(time.monotonic() - began, 3)
-        self._log.info("trainer.started", warm=process.warm, took_s=took_s)
-        self._heard_at = time.monotonic()
-        self._process = process
-        self._obey()
+        made: list[TrainerProcess] = []
+
+        def remember(process: TrainerProcess) -> None:
+            made.append(process)
+            self._process = process  # heartbeats, and the end, reach it while it starts
+
         try:
+            process = await self._unless_ended(
+                TrainerProcess.start(order, warm=self._tools.warm, locks=locks, made=remember)
+            )
+            took_s = round(time.monotonic() - began, 3)
+            self._log.info("trainer.started", warm=process.warm, took_s=took_s)
+            self._heard_at = time.monotonic()
             return await self._attend(process)
         finally:
             self._process = None
-            await process.close()
+            for process in made:
+                await process.close()
 
     def _environment(self) -> dict[str, str]:
         gpus = [slot.device.id for slot in self._slots if slot.device.kind == "cuda"]
@@ -340,10 +348,13 @@ class Attempt:
             if limit_s is not None and now - self._began > limit_s:
                 self._end(Ending.TIME_LIMIT)
             if self._process is not None:
-                if now - self._heard_at > self._settings.no_progress_s:
+                if self._silence_s(now) > self._settings.no_progress_s:
                     self._end(Ending.NO_PROGRESS)
                 self._insist(self._process, now)
             await asyncio.sleep(WATCH_S)
+
+    def _silence_s(self, now: float) -> float:
+        return 0.0 if self._heard_at is None else now - self._heard_at
 
     def _insist(self, process: TrainerProcess, now: float) -> None:
         """Told to stop, it may not have listened yet: say it again, and kill it in the end."""
@@ -368,16 +379,27 @@ class Attempt:
             await self._write(text)
 
     async def _write(self, text: str) -> None:
-        """Write what was gathered, in one transaction that also renews the lease."""
-        batch = self._report.take()
-        began = time.monotonic()
+        """Write what was gathered; what cannot be written now is kept."""
         try:
-            orders = await self._write_batch(batch, text)
+            await self._record(text)
         except TransientError as error:
             self._log.warning("report.failed", why=str(error))
-            self._report.give_back(batch)
-            self._book.give_back(text)
-            return
+
+    async def _record(self, text: str = "") -> None:
+        """Write what was gathered, in one transaction that also renews the lease.
+
+        Raises:
+            ServiceUnavailable: it was not written, and is kept.
+        """
+        async with self._recording:
+            batch = self._report.take()
+            began = time.monotonic()
+            try:
+                orders = await self._write_batch(batch, text)
+            except TransientError:
+                self._report.give_back(batch)
+                self._book.give_back(text)
+                raise
         self._started = self._started or batch.started
         self._step = batch.step
         self._renewed(began, orders)
@@ -434,6 +456,8 @@ class Attempt:
         tools, claim = self._tools, self._claim
         began = time.monotonic()
         name = checkpoint_name(self._model, event.step)
+        # A run that resumes here never says again what came before: that must be on record.
+        await patiently(self._record)
         row = await patiently(
             lambda: publish_checkpoint(tools.db, tools.store, claim, event, name=name)
         )
@@ -487,7 +511,7 @@ class Attempt:
         if self._failure is not None:
             return self._failure
         if self._ending is Ending.NO_PROGRESS:
-            return failures.no_progress(time.monotonic() - self._heard_at)
+            return failures.no_progress(self._silence_s(time.monotonic()))
         if self._ending is Ending.TIME_LIMIT:
             return failures.time_limit(self._spec.limits.max_runtime_s or 0)
         if self._ending is not None or end is None:

@@ -141,11 +141,15 @@ def _watch(trainer: int, control: int, deadline: float, deadman_s: float) -> Rea
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(control, select.POLLIN)
-    while (left_s := deadline - time.monotonic()) > 0:
-        ready = {fd for fd, _ in poll.poll(left_s * 1000)}
+    while True:
+        left_s = deadline - time.monotonic()
+        # Asked once even when time is up: a renewal may lie in the pipe since before we began.
+        ready = {fd for fd, _ in poll.poll(max(0.0, left_s) * 1000)}
         if pidfd in ready:
             return Reason.EXITED
         if control not in ready:
+            if left_s <= 0:
+                return Reason.DEADMAN
             continue
         data = os.read(control, CONTROL.size * 64)
         if not data:
@@ -160,7 +164,6 @@ def _watch(trainer: int, control: int, deadline: float, deadman_s: float) -> Rea
                 _signal(trainer, signal.SIGUSR1)
             elif letter == KILL:
                 return Reason.TOLD
-    return Reason.DEADMAN
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -17,7 +17,7 @@ from worker.warm import start_cold, start_warm
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 _COLD_WAIT_S = 30.0
@@ -55,6 +55,7 @@ class TrainerProcess:
         self.log = log
         self._transports = transports
         self._child = child
+        self._closed = False
         self.trainer = 0
         self.lifeline = 0
 
@@ -65,28 +66,42 @@ class TrainerProcess:
 
     @classmethod
     async def start(
-        cls, order: Order, *, warm: Path | None, locks: Sequence[int] = (), warm_wait_s: float = 20
+        cls,
+        order: Order,
+        *,
+        warm: Path | None,
+        locks: Sequence[int] = (),
+        warm_wait_s: float = 20.0,
+        made: Callable[[TrainerProcess], None] = lambda process: None,
     ) -> TrainerProcess:
         """Start a lifeline: from the warm pool at the socket `warm`, or cold.
 
         Args:
             locks: descriptors that the lifeline holds open until the last process is gone.
             warm_wait_s: patience with a pool that is still importing; then it goes cold.
+            made: told of the process before it runs. What is sent to it waits in its pipe, so
+                that its dead-man hears of the heartbeats that were made while it was started.
 
         Raises:
             WorkerLost: this machine cannot start processes.
         """
+        tries: list[tuple[Path | None, float]] = [(None, _COLD_WAIT_S)]
         if warm is not None:
-            process = await cls._start(order, locks, warm)
-            if process is not None:
-                if await process._greeted(warm_wait_s):
+            tries.insert(0, (warm, warm_wait_s))
+        for path, wait_s in tries:
+            process = await cls._start(order, locks, path)
+            if process is None:
+                continue
+            try:
+                made(process)
+                if await process._greeted(wait_s):
                     return process
-                # Its end of the control pipe is closed: should it come late, it ends at once.
+            except BaseException:
                 await process.close()
-        process = await cls._start(order, locks, None)
-        if process is None or not await process._greeted(_COLD_WAIT_S):
-            raise WorkerLost("the trainer's lifeline did not start")
-        return process
+                raise
+            # Its end of the control pipe is closed: should it come late, it ends at once.
+            await process.close()
+        raise WorkerLost("the trainer's lifeline did not start")
 
     @classmethod
     async def _start(
@@ -141,6 +156,8 @@ class TrainerProcess:
         self._send(KILL)
 
     def _send(self, letter: bytes, at: float | None = None) -> None:
+        if self._closed:  # its descriptor may be somebody else's by now
+            return
         # Broken: it has ended, and `wait` says how. Full: it hangs, and the dead-man is not fed.
         with contextlib.suppress(BrokenPipeError, BlockingIOError):
             os.write(self._control, CONTROL.pack(letter, time.monotonic() if at is None else at))
@@ -159,8 +176,11 @@ class TrainerProcess:
         return end
 
     async def close(self) -> None:
-        """Let go of the pipes; a lifeline that still runs kills its trainer."""
+        """Let go of the pipes; a lifeline that still runs kills its trainer. May be repeated."""
+        if self._closed:
+            return
         os.close(self._control)
+        self._closed = True
         for transport in self._transports:
             transport.close()
         if self._child is not None:

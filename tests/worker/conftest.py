@@ -159,18 +159,46 @@ class Farm:
             checkpoints=Checkpoints(keep=keep),
             limits=Limits(max_runtime_s=max_runtime_s),
         )
+        return await self.queue(spec, self.file, gpus=gpus)
+
+    async def queue(self, spec: TrainingSpec, file: FileRow, gpus: int = 1) -> str:
+        """Queue a job as it was resolved; returns its id."""
         async with self.db.begin() as session:
             row = await JobRepository(session, self.project_id).insert(
-                model="tiny",
-                method="supervised",
-                seed=1,
-                training_file_id=self.file.id,
+                model=spec.model.name,
+                method=spec.method.type,
+                seed=spec.seed,
+                training_file_id=file.id,
                 request={},
                 resolved={},
                 spec=spec.model_dump(mode="json"),
                 gpus=gpus,
             )
         return row.public_id
+
+    async def upload(self, data: bytes) -> FileRow:
+        """A training file of the project."""
+        key = f"files/{self.project_id}/{new_id(FILE)}"
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield data
+
+        await self.store.put(key, chunks())
+        row = FileRow(
+            public_id=new_id(FILE),
+            project_id=self.project_id,
+            filename="rows.jsonl",
+            purpose="fine-tune",
+            status="processed",
+            size_bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            store_key=key,
+            content_type="application/jsonl",
+            suffix=".jsonl",
+        )
+        async with self.db.begin() as session:
+            session.add(row)
+        return row
 
     async def job(self, public_id: str) -> JobRow:
         async with self.db.session() as session:
@@ -323,30 +351,12 @@ async def farm(settings: Settings, db: Database, tmp_path: Path) -> AsyncIterato
 
 
 async def _add_project(farm: Farm) -> None:
-    key = f"files/0/{new_id(FILE)}"
-
-    async def chunks() -> AsyncIterator[bytes]:
-        yield ROWS
-
-    await farm.store.put(key, chunks())
     async with farm.db.begin() as session:
         project = ProjectRow(public_id=new_id(PROJECT), name="main")
         session.add(project)
         await session.flush()
         farm.project_id = project.id
-        farm.file = FileRow(
-            public_id=new_id(FILE),
-            project_id=project.id,
-            filename="rows.jsonl",
-            purpose="fine-tune",
-            status="processed",
-            size_bytes=len(ROWS),
-            sha256=hashlib.sha256(ROWS).hexdigest(),
-            store_key=key,
-            content_type="application/jsonl",
-            suffix=".jsonl",
-        )
-        session.add(farm.file)
+    farm.file = await farm.upload(ROWS)
 
 
 def _add_model(settings: Settings) -> None:

@@ -183,6 +183,32 @@ def test_a_renewal_from_the_future_grants_no_more_than_one_from_now(tmp_path: Pa
         assert time.monotonic() - began < 1.0
 
 
+def test_renewals_made_while_it_was_started_count(tmp_path: Path) -> None:
+    """A pool that imports for longer than the dead-man's patience must not cost the trainer."""
+    ends = [os.pipe() for _ in range(4)]
+    control, status, events, log = ends
+    order = Order(
+        "odd_launchers:leave_with_7",
+        str(tmp_path),
+        5.0,
+        renewed_at=time.monotonic() - 60,
+        environment=ENVIRONMENT,
+    )
+    os.write(control[1], CONTROL.pack(RENEW, time.monotonic()))
+    process = start_cold(order, Descriptors(control[0], status[1], events[1], log[1]))
+    assert process.wait(10) == 0
+    said = os.read(status[0], 1000).splitlines()
+    assert json.loads(said[1]) == {"exit": 7, "reason": "exited", "survivors": 0}
+    for pair in ends:
+        for fd in pair:
+            os.close(fd)
+
+
+def test_an_order_that_is_too_old_is_not_carried_out(tmp_path: Path) -> None:
+    with lifeline("sleep", tmp_path, deadman_s=0.0) as line:
+        assert line.end()["reason"] == "deadman"
+
+
 def test_the_trainer_dies_with_its_lifeline(tmp_path: Path) -> None:
     with lifeline("sleep", tmp_path) as line:
         line.events.readline()
