@@ -24,6 +24,7 @@ from core.artifacts.stores import open_store
 from core.broker import Broker
 from core.db.engine import Database
 from core.db.polls import JobPolls
+from core.files import expiry
 from core.jobs import reconciler
 from core.jobs.capability import BaseModels, Fleet
 from core.jobs.reading import JobReader
@@ -80,7 +81,7 @@ def _lifespan(
 
 @contextlib.asynccontextmanager
 async def _running(settings: Settings) -> AsyncIterator[Service]:
-    """Everything a process holds open, and its two background tasks."""
+    """Everything a process holds open, and its background tasks."""
     db = Database(settings.database_url.get_secret_value())
     polls = JobPolls(settings.database_url.get_secret_value())
     broker = Broker(settings.broker_url.get_secret_value())
@@ -104,6 +105,7 @@ async def _running(settings: Settings) -> AsyncIterator[Service]:
             reconciler.run(db, broker, settings, service.stopping, service.poke), name="reconciler"
         ),
         asyncio.create_task(keys.run(service.stopping), name="key-usage"),
+        asyncio.create_task(expiry.run(db, service.store, service.stopping), name="expiry"),
     ]
     try:
         yield service

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import delete, exists, func, or_, select, update
 
+from core.db.idempotency import answered, remember
 from core.db.tables import FileRow, JobRow, UploadPartRow, UploadRow
 from tunery.errors import Conflict
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncSession
+
+    from core.db.idempotency import Attempt
 
 OPEN_STATES = ("validating", "queued", "starting", "running", "finishing", "paused")
 
@@ -58,7 +61,7 @@ class FileRepository:
         """A new file; `columns` as in `FileRow`."""
         row = FileRow(project_id=self._project_id, **columns)
         if expires_after_s is not None:
-            row.expires_at = _in(expires_after_s)  # type: ignore[assignment]
+            row.expires_at = _in(expires_after_s)
         self._session.add(row)
         await self._session.flush()
         await self._session.refresh(row)
@@ -161,7 +164,7 @@ class UploadRepository:
 
     async def insert(self, *, expires_in_s: float, **columns: Any) -> UploadRow:
         row = UploadRow(project_id=self._project_id, status="pending", **columns)
-        row.expires_at = _in(expires_in_s)  # type: ignore[assignment]
+        row.expires_at = _in(expires_in_s)
         self._session.add(row)
         await self._session.flush()
         await self._session.refresh(row)
@@ -221,7 +224,7 @@ class UploadRepository:
 # Sweeps, across all projects
 
 
-async def expired_files(session: AsyncSession, *, limit: int = 1000) -> list[tuple[int, str]]:
+async def expired_files(session: AsyncSession, *, limit: int = 200) -> list[tuple[int, str]]:
     """(id, store key) of files whose time is over, whose bytes lie there still, and which no
     open job uses. Locked until the transaction ends."""
     rows = await session.execute(
@@ -244,23 +247,29 @@ async def mark_gone(session: AsyncSession, ids: Sequence[int]) -> None:
     )
 
 
-async def ended_uploads_with_parts(session: AsyncSession, *, limit: int = 1000) -> list[str]:
-    """Public ids of uploads that expired and whose parts are still known."""
-    has_parts = exists().where(UploadPartRow.upload_id == UploadRow.id)
+async def pending_uploads(session: AsyncSession, public_ids: Sequence[str]) -> set[str]:
+    """Those of these uploads that may still be completed."""
     rows = await session.scalars(
-        select(UploadRow.public_id)
-        .where(UploadRow.status == "expired", has_parts)
-        .order_by(UploadRow.id)
-        .limit(limit)
+        select(UploadRow.public_id).where(
+            UploadRow.public_id.in_(public_ids), UploadRow.status == "pending"
+        )
     )
-    return list(rows)
+    return set(rows)
 
 
-async def forget_parts(session: AsyncSession, uploads: Sequence[str]) -> None:
-    """Delete the rows of the parts of these uploads."""
-    ended = select(UploadRow.id).where(UploadRow.public_id.in_(uploads))
-    await session.execute(
-        delete(UploadPartRow)
-        .where(UploadPartRow.upload_id.in_(ended))
-        .execution_options(synchronize_session=False)
-    )
+async def begin_create(session: AsyncSession, attempt: Attempt) -> str | None:
+    """The first statement of a create: what an earlier try of it made, by public id.
+
+    Raises:
+        Conflict, Mismatch: see `core.db.idempotency.answered`.
+    """
+    if attempt.first():
+        await session.execute(select(attempt.shared_lock()))
+        return None
+    earlier = await answered(session, attempt)
+    return None if earlier is None else str(earlier["id"])
+
+
+async def end_create(session: AsyncSession, attempt: Attempt, public_id: str) -> None:
+    """Note what this try of a create made."""
+    await remember(session, attempt, {"id": public_id})

@@ -10,6 +10,7 @@ import array
 import dataclasses
 import hashlib
 import json
+import resource
 import secrets
 import sys
 from collections import Counter
@@ -30,6 +31,9 @@ PER_CODE_SHOWN = 25
 """So that one flaw of every row does not hide all others."""
 FEW_EXAMPLES = 10
 LABELS_LIMIT = 10_000
+MEMORY_LIMIT_BYTES = 8 << 30
+"""Of addresses, of which a decoder reserves more than it touches."""
+CPU_LIMIT_S = 1800
 LINE_SUFFIXES = frozenset({".jsonl", ".jsonl.gz"})
 
 
@@ -331,8 +335,14 @@ def overlap(
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m tunery.data.validate FILE SUFFIX`: the report as JSON on standard output."""
+    """`python -m tunery.data.validate FILE SUFFIX`: the report as JSON on standard output.
+
+    A process of its own, so that a file which makes a decoder crash, swell or spin takes nothing
+    else down.
+    """
     path, suffix = arguments
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     json.dump(validate(Path(path), suffix).as_json(), sys.stdout)
     return 0
 
