@@ -6,12 +6,16 @@ import asyncio
 import importlib.metadata
 import os
 import platform
+import random
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from core.artifacts.publish import sweep
+from core.artifacts.stores import open_store
 from core.db import workers
 from core.db.engine import Database
 from tunery.errors import TransientError
@@ -29,6 +33,7 @@ log = structlog.get_logger()
 
 MOST_S = 10.0
 """Between two heartbeats of a worker, however long its jobs' leases are."""
+SWEEP_S = 3600.0
 PACKAGES = ("tunery", "torch", "transformers", "peft", "deepspeed", "celery")
 
 
@@ -59,6 +64,7 @@ class Herald:
         self._devices = devices
         self._queues = queues
         self._warm = warm
+        self._sweep_at = time.monotonic() + random.uniform(0.1, 1.0) * SWEEP_S
         self._stopping = threading.Event()
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="herald", daemon=True)
@@ -89,6 +95,7 @@ class Herald:
                     registered = await self._beat(db, registered)
                 except TransientError as error:
                     log.warning("worker.beat_failed", why=str(error))
+                await self._sweep(db)
                 await asyncio.to_thread(self._stopping.wait, min(MOST_S, self._settings.beat_s))
             if registered:
                 async with db.begin() as session:
@@ -97,6 +104,16 @@ class Herald:
             log.warning("worker.left_unsaid", why=str(error))
         finally:
             await db.close()
+
+    async def _sweep(self, db: Database) -> None:
+        """Once an hour, clear the store up. Several workers may: what is gone is gone."""
+        if time.monotonic() < self._sweep_at:
+            return
+        self._sweep_at = time.monotonic() + SWEEP_S
+        try:
+            await sweep(db, open_store(self._settings))
+        except TransientError as error:
+            log.warning("store.sweep_failed", why=str(error))
 
     async def _beat(self, db: Database, registered: bool) -> bool:
         facts = self._facts()

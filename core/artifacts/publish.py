@@ -263,6 +263,20 @@ async def sweep_orphans(
     return orphans
 
 
+async def sweep(db: Database, store: ArtifactStore) -> None:
+    """Remove what nobody will read again: orphans, and resume halves of jobs that have ended.
+
+    A failed job keeps its own: whoever raises its budget continues from them.
+    """
+    await sweep_orphans(db, store)
+    async with db.begin() as session:
+        rows = await checkpoints.unresumable_ended(session)
+        for row in rows:
+            await checkpoints.mark_resume_dropped(session, row.id)
+    for row in rows:
+        await store.delete_prefix(f"{row.prefix}/resume")
+
+
 async def metrics_csv(db: Database, job_id: int) -> bytes:
     """The result file: OpenAI's five columns, then ours by name; one line per step."""
     async with db.session() as session:
