@@ -75,6 +75,8 @@ class Tools:
     models: ModelStore
     warm: Path | None
     """Socket of the warm pool."""
+    devices: int
+    """How many this worker has: they share its cores."""
     draining: Callable[[], bool]
 
 
@@ -273,7 +275,7 @@ class Attempt:
         threads = self._settings.trainer_threads
         if threads is None:
             cores = len(os.sched_getaffinity(0))
-            threads = max(1, cores // max(self._claim.gpus, 1))
+            threads = max(1, cores // max(self._claim.gpus, self._tools.devices))
         return trainer_environment(os.environ, devices=gpus, threads=threads)
 
     async def _attend(self, process: TrainerProcess) -> Exit:

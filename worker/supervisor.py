@@ -77,6 +77,7 @@ class Supervisor:
             open_store(settings),
             ModelStore(settings.resolved_models_dir(), settings.hub_allowed),
             self._place.warm_socket,
+            len(self._slots.devices),
             self.draining,
         )
         ran = 0
