@@ -142,7 +142,7 @@ def _younger_than(seconds: int) -> ColumnElement[bool]:
 
 
 async def remember(session: AsyncSession, attempt: Attempt, response: dict[str, Any]) -> None:
-    """Store what this attempt is told, with its key, or that it was, without one.
+    """Store what this attempt is told.
 
     Without a key the response need only name what was made: `{"id": ...}`.
     """

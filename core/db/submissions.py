@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import (
+    BigInteger,
+    Integer,
+    Text,
+    any_,
+    bindparam,
+    cast,
+    func,
+    insert,
+    literal_column,
+    select,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
 
-from core.db.tables import FileRow, JobRow, WorkerRow
+from core.db.tables import FileRow, IdempotencyRow, JobRow, WorkerRow
+from core.db.views import JobView
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncSession
+
+    from core.db.idempotency import Attempt
 
 QUOTA_LOCKS = 0x7175  # first half of the two-part advisory lock; the second is the project
 MARGIN = 200
@@ -45,36 +60,24 @@ class References(NamedTuple):
     """Whether no exclusive counter was at work."""
 
 
-_open = JobRow.state.not_in(("succeeded", "failed", "cancelled"))
-
-
-def open_jobs(project_id: int) -> Any:
-    """Scalar subquery: jobs of a project that have not ended."""
-    return (
+def _references(*also: ColumnElement[Any]) -> Select[Any]:
+    """Built once: on this path, putting a statement together costs more than running it."""
+    project = bindparam("project_id", type_=BigInteger)
+    facts = select(
         select(func.count())
         .select_from(JobRow)
-        .where(JobRow.project_id == project_id, _open)
+        .where(
+            JobRow.project_id == project,
+            JobRow.state.not_in(("succeeded", "failed", "cancelled")),
+        )
         .scalar_subquery()
-    )
-
-
-async def references(
-    session: AsyncSession,
-    project_id: int,
-    files: Sequence[str],
-    *also: ColumnElement[Any],
-) -> References:
-    """The files of a submission, as far as they exist, and how many jobs are open.
-
-    Takes the project's quota lock in shared mode, until the transaction ends. `also`: further
-    expressions to evaluate on the way, locks for instance.
-    """
-    facts = select(
-        open_jobs(project_id).label("open_jobs"),
-        func.pg_try_advisory_xact_lock_shared(QUOTA_LOCKS, project_id).label("free"),
+        .label("open_jobs"),
+        func.pg_try_advisory_xact_lock_shared(
+            literal_column(str(QUOTA_LOCKS)), cast(project, Integer)
+        ).label("free"),
         *also,
     ).subquery()
-    result = await session.execute(
+    return (
         select(
             facts.c.open_jobs,
             facts.c.free,
@@ -94,11 +97,29 @@ async def references(
         .select_from(facts)
         .outerjoin(
             FileRow,
-            (FileRow.project_id == project_id)
-            & FileRow.public_id.in_(files)
+            (FileRow.project_id == project)
+            & (FileRow.public_id == any_(bindparam("files", type_=ARRAY(Text))))
             & FileRow.deleted_at.is_(None),
         )
     )
+
+
+_PLAIN = _references()
+_FIRST = _references(func.pg_advisory_xact_lock_shared(bindparam("lock", type_=BigInteger)))
+
+
+async def references(
+    session: AsyncSession, project_id: int, files: Sequence[str], lock: int | None = None
+) -> References:
+    """The files of a submission, as far as they exist, and how many jobs are open.
+
+    Takes the project's quota lock in shared mode, and `lock` too, until the transaction ends.
+    """
+    values: dict[str, Any] = {"project_id": project_id, "files": list(files)}
+    if lock is None:
+        result = await session.execute(_PLAIN, values)
+    else:
+        result = await session.execute(_FIRST, values | {"lock": lock})
     rows = result.all()  # at least one: the facts stand there without a file too
     found = [File(*row[2:]) for row in rows if row.id is not None]
     return References({file.public_id: file for file in found}, rows[0].open_jobs, rows[0].free)
@@ -122,3 +143,83 @@ async def live_workers(session: AsyncSession) -> list[tuple[list[str], list[dict
         )
     )
     return [(queues, devices) for queues, devices in rows]
+
+
+_GIVEN = (
+    "public_id",
+    "project_id",
+    "model",
+    "method",
+    "suffix",
+    "seed",
+    "training_file_id",
+    "validation_file_id",
+    "request",
+    "spec",
+    "resolved",
+    "metadata",
+    "integrations",
+    "max_errors",
+    "queue",
+    "gpus",
+    "priority",
+    "hold",
+    "total_steps",
+)
+_SHOWN = JobView._fields[: JobView._fields.index("training_file")]
+_FILLED_IN = tuple(name for name in _SHOWN if name not in _GIVEN)
+
+
+def _values(table: Any, names: Sequence[str], prefix: str) -> dict[str, Any]:
+    return {name: bindparam(f"{prefix}{name}", type_=table.c[name].type) for name in names}
+
+
+_JOBS: Any = JobRow.__table__
+_ANSWERED: Any = IdempotencyRow.__table__
+_REMEMBERED = ("project_id", "route", "body_sha256", "retry_count", "status_code", "response")
+_INSERT = (
+    insert(_JOBS)
+    .values(_values(_JOBS, _GIVEN, "job_"))
+    .returning(*(_JOBS.c[name] for name in _FILLED_IN))
+)
+_INSERT_REMEMBERED = _INSERT.add_cte(
+    insert(_ANSWERED).values(_values(_ANSWERED, _REMEMBERED, "told_")).cte("told")
+)
+
+
+async def insert_job(
+    session: AsyncSession,
+    *,
+    training_file: str,
+    validation_file: str | None,
+    attempt: Attempt | None = None,
+    **given: Any,
+) -> JobView:
+    """Add a job and return it as it is shown: one statement.
+
+    Its first event and, unless it is held, its outbox row are written by the table's trigger. A
+    retry of `attempt`, which has no idempotency key, will find that it made this job.
+    """
+    values = {f"job_{name}": given[name] for name in _GIVEN}
+    if attempt is None:
+        row = (await session.execute(_INSERT, values)).one()
+    else:
+        told = {
+            "told_project_id": attempt.project_id,
+            "told_route": attempt.route,
+            "told_body_sha256": attempt.body_sha256,
+            "told_retry_count": attempt.retry_count,
+            "told_status_code": 200,
+            "told_response": {"id": given["public_id"]},
+        }
+        row = (await session.execute(_INSERT_REMEMBERED, values | told)).one()
+    return JobView(
+        **{name: given[name] for name in _SHOWN if name in given},
+        **dict(zip(_FILLED_IN, row, strict=True)),
+        training_file=training_file,
+        validation_file=validation_file,
+        result_file=None,
+        final_checkpoint=None,
+        best_checkpoint=None,
+        position=None,
+    )

@@ -366,22 +366,6 @@ async def usage(session: AsyncSession, project_id: int) -> dict[str, Any]:
     }
 
 
-def of_new_row(row: JobRow, *, training_file: str, validation_file: str | None) -> JobView:
-    """The view of a job that was inserted a moment ago, without asking again."""
-    shown = {
-        name: getattr(row, "metadata_" if name == "metadata" else name) for name in _SHOWN_AS_IS
-    }
-    return JobView(
-        **shown,
-        training_file=training_file,
-        validation_file=validation_file,
-        result_file=None,
-        final_checkpoint=None,
-        best_checkpoint=None,
-        position=None,
-    )
-
-
 async def result(session: AsyncSession, job: int) -> CheckpointRow | None:
     """The job's final export; None before it succeeded, and after that model was deleted."""
     found: CheckpointRow | None = await session.scalar(

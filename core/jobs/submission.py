@@ -7,12 +7,12 @@ committed together, so a job that was answered for is a job that will run.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from core.db import events, idempotency, submissions, views
-from core.db.jobs import JobRepository
 from core.ids import JOB, new_id
 from core.jobs.naming import PREFIX, model_name
 from core.jobs.view import job_object
@@ -46,6 +46,7 @@ class Submitter:
     models: BaseModels
     fleet: Fleet
     settings: Settings
+    _counting: dict[int, asyncio.Lock] = field(default_factory=dict)
 
     async def submit(
         self, caller: Principal, body: Any, attempt: Attempt
@@ -62,7 +63,9 @@ class Submitter:
         request = parse_request(body)
         made = await self._try(caller, body, request, attempt, exactly=False)
         if made is None:
-            made = await self._try(caller, body, request, attempt, exactly=True)
+            # They would queue in Postgres anyway; here they do so without a connection each.
+            async with self._counting.setdefault(caller.project_id, asyncio.Lock()):
+                made = await self._try(caller, body, request, attempt, exactly=True)
         assert made is not None, "an exact count decides"
         return made
 
@@ -86,13 +89,14 @@ class Submitter:
             told = await idempotency.answered(session, attempt)
             if told is not None:
                 return await self._told_again(session, caller, attempt, told), True
-            locks = [attempt.shared_lock()] if attempt.first() else []
-            plan = await self._plan(session, caller, request, *locks)
+            # A retry of this waits until it is over.
+            lock = attempt.lock if attempt.first() else None
+            plan = await self._plan(session, caller, request, lock)
             if not self._has_room(caller, plan, exactly=exactly):
                 return None
-            shown = await self._insert(session, caller, body, plan)
-            answer = shown if attempt.key is not None else {"id": shown["id"]}
-            await idempotency.remember(session, attempt, answer)
+            shown = await self._insert(session, caller, body, plan, attempt)
+            if attempt.key is not None:
+                await idempotency.remember(session, attempt, shown)
         return shown, False
 
     async def rehearse(self, caller: Principal, body: Any) -> dict[str, Any]:
@@ -127,10 +131,14 @@ class Submitter:
         return job_object(view, caller.project)
 
     async def _plan(
-        self, session: AsyncSession, caller: Principal, request: JobRequest, *also: Any
+        self,
+        session: AsyncSession,
+        caller: Principal,
+        request: JobRequest,
+        lock: int | None = None,
     ) -> _Plan:
         named = [name for name in (request.training_file, request.validation_file) if name]
-        found = await submissions.references(session, caller.project_id, named, *also)
+        found = await submissions.references(session, caller.project_id, named, lock)
         training = _usable(found, request.training_file, "training_file")
         validation = (
             _usable(found, request.validation_file, "validation_file")
@@ -221,13 +229,23 @@ class Submitter:
         )
 
     async def _insert(
-        self, session: AsyncSession, caller: Principal, body: dict[str, Any], plan: _Plan
+        self,
+        session: AsyncSession,
+        caller: Principal,
+        body: dict[str, Any],
+        plan: _Plan,
+        attempt: Attempt,
     ) -> dict[str, Any]:
         request, spec = plan.request, plan.resolved.spec
         public_id = new_id(JOB)
         name = model_name(spec.model.name, caller.project_name, request.suffix, public_id)
-        row = await JobRepository(session, caller.project_id).insert(
+        view = await submissions.insert_job(
+            session,
+            attempt=attempt if attempt.key is None else None,
+            training_file=plan.training.public_id,
+            validation_file=None if plan.validation is None else plan.validation.public_id,
             public_id=public_id,
+            project_id=caller.project_id,
             model=request.model,
             method=spec.method.type,
             suffix=request.suffix,
@@ -237,7 +255,7 @@ class Submitter:
             request=body,
             spec=spec.model_dump(mode="json"),
             resolved={**_stored(plan.resolved), "fine_tuned_model": name},
-            metadata_=request.metadata,
+            metadata=request.metadata,
             integrations=request.integrations,
             max_errors=request.ext.attempts - 1,
             queue=request.ext.queue,
@@ -249,18 +267,13 @@ class Submitter:
         for warning in [*plan.resolved.warnings, *_ignored(request)]:
             await events.append(
                 session,
-                row.id,
+                view.id,
                 attempt=0,
                 kind="warning",
                 level="warn",
                 message=warning["message"],
                 data={"code": warning["code"], "param": warning["path"]},
             )
-        view = views.of_new_row(
-            row,
-            training_file=plan.training.public_id,
-            validation_file=None if plan.validation is None else plan.validation.public_id,
-        )
         return job_object(view, caller.project)
 
 
