@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,8 @@ from tunery.spec import DataFile, TrainingSpec
 from tunery.training import protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tunery.cli.local_run import Trainer
     from tunery.training.protocol import Event, RunOrder
 
@@ -187,28 +190,13 @@ def _run(folder: RunFolder, order: RunOrder, as_json: bool) -> Exit:
 def _follow(
     trainer: Trainer, record: Record, watch: Watch, folder: RunFolder, as_json: bool
 ) -> protocol.FailureEvent | protocol.DoneEvent | None:
-    """Show and keep what the trainer says; Ctrl-C asks it to stop, a second one kills it."""
+    """Show and keep what the trainer says; returns its last word."""
     last: protocol.FailureEvent | protocol.DoneEvent | None = None
     fancy = sys.stdout.isatty() and not as_json
     console = Console(file=sys.stdout, highlight=False, markup=False)
     picture = Live(watch.render(""), console=console, refresh_per_second=4)
-    asked = False
-    events = trainer.events()
-    with picture if fancy else nullcontext():
-        while True:
-            try:
-                event = next(events, None)
-            except KeyboardInterrupt:
-                if asked:
-                    trainer.kill()
-                else:
-                    asked = True
-                    output.say("stopping at the next step; Ctrl-C again ends it at once")
-                    trainer.ask_to_stop()
-                events = trainer.events()
-                continue
-            if event is None:
-                return last
+    with interrupts(trainer), picture if fancy else nullcontext():
+        for event in trainer.events():
             record.add(event)
             _take(event, watch, folder)
             if isinstance(event, protocol.FailureEvent | protocol.DoneEvent):
@@ -219,6 +207,29 @@ def _follow(
                 output.emit(event.model_dump_json())
             elif isinstance(event, protocol.MetricsEvent):
                 output.emit(watch.line)
+    return last
+
+
+@contextmanager
+def interrupts(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C asks the trainer to stop, a second one kills it; nothing here is torn apart."""
+    asked = 0
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            trainer.kill()
+        else:
+            trainer.ask_to_stop()
+            output.say("stopping at the next step; Ctrl-C again ends it at once")
+
+    before = [(number, signal.signal(number, ask)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _take(event: Event, watch: Watch, folder: RunFolder) -> None:
