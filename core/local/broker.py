@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.local.process import FolderLock, socket_folder, spawn, stop, tail
+from core.local.process import FolderLock, private_folder, socket_folder, spawn, stop, tail
 from tunery.errors import ServiceUnavailable
 
 if TYPE_CHECKING:
@@ -72,21 +72,11 @@ class EmbeddedBroker:
         """
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock.acquire()
-        self.socket.parent.mkdir(exist_ok=True, mode=0o700)
-        self.socket.unlink(missing_ok=True)
-        self.process = spawn(
-            [
-                *(self._server or find_server(), "--port", "0", "--daemonize", "no"),
-                *("--unixsocket", self.socket, "--unixsocketperm", "700"),
-                *("--dir", self.folder, "--save", ""),
-                *("--appendonly", "yes" if self._persistent else "no"),
-                # A broker that evicts keys loses messages in silence.
-                *("--maxmemory-policy", "noeviction"),
-            ],
-            log=self._log,
-            death_signal=signal.SIGTERM,
-        )
         try:
+            private_folder(self.socket.parent)
+            self._wait_gone(20.0)
+            self.socket.unlink(missing_ok=True)
+            self._open()
             self._wait_ready(20.0)
         except BaseException:
             self.stop()
@@ -106,6 +96,28 @@ class EmbeddedBroker:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _wait_gone(self, patience_s: float) -> None:
+        """Let the server of a killed owner finish: it would take our socket with it."""
+        deadline = time.monotonic() + patience_s
+        while _listens(self.socket):
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable(f"an older broker still runs on {self.socket}")
+            time.sleep(0.05)
+
+    def _open(self) -> None:
+        self.process = spawn(
+            [
+                *(self._server or find_server(), "--port", "0", "--daemonize", "no"),
+                *("--unixsocket", self.socket, "--unixsocketperm", "700"),
+                *("--dir", self.folder, "--save", ""),
+                *("--appendonly", "yes" if self._persistent else "no"),
+                # A broker that evicts keys loses messages in silence.
+                *("--maxmemory-policy", "noeviction"),
+            ],
+            log=self._log,
+            death_signal=signal.SIGTERM,
+        )
+
     def _wait_ready(self, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
@@ -116,6 +128,19 @@ class EmbeddedBroker:
                 return
             time.sleep(0.02)
         raise ServiceUnavailable(f"the broker did not start: {tail(self._log)}")
+
+
+def _listens(path: Path) -> bool:
+    """Whether a process has `path` open for connections."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(1.0)
+        try:
+            connection.connect(str(path))
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        return True
 
 
 def _answers(path: Path) -> bool:

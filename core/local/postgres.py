@@ -23,6 +23,7 @@ from core.local.process import (
     Account,
     FolderLock,
     can_enter,
+    private_folder,
     socket_folder,
     spawn,
     stop,
@@ -178,9 +179,7 @@ class EmbeddedPostgres:
                 self._sockets = home / "socket"
             else:
                 home.chmod(home.stat().st_mode | 0o011)  # to pass through, not to list
-        self._sockets.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if account is not None:
-            os.chown(self._sockets, account.uid, account.gid)
+        private_folder(self._sockets, account)
         return home / "data"
 
     def _wait_gone(self, data: Path, patience_s: float = 20.0) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import pwd
 import queue
+import stat
 import subprocess
 import sys
 import threading
@@ -205,13 +207,27 @@ def tail(log: Path, size_bytes: int = 2000) -> str:
         return stream.read().decode(errors="replace").strip()
 
 
+def private_folder(folder: Path, account: Account | None = None) -> None:
+    """Make `folder` for us (or `account`) alone.
+
+    Raises:
+        ServiceUnavailable: it is there and somebody else's, as anything under /tmp may be.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    wanted = os.geteuid() if account is None else account.uid
+    status = folder.lstat()
+    if status.st_uid not in (wanted, os.geteuid()) or not stat.S_ISDIR(status.st_mode):
+        raise ServiceUnavailable(f"{folder} belongs to another user", hint="remove it")
+    folder.chmod(0o700)
+    if account is not None:
+        os.chown(folder, account.uid, account.gid)
+
+
 def socket_folder(folder: Path, name_length: int) -> Path:
     """`folder`, or a short stand-in under /tmp when a socket's path there would be too long.
 
     The kernel allows 107 bytes for the path of a unix socket.
     """
-    import hashlib
-
     if len(os.fsencode(folder)) + 1 + name_length <= 100:
         return folder
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
