@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-_QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+_SMI = ("nvidia-smi", "--format=csv,noheader,nounits")
+_SLACK_BYTES = 512 << 20
+"""What a driver may keep for itself after a process has gone."""
 CPU_RANKS = 64
 """Ranks that a machine without accelerators runs, when one job has it to itself."""
 
@@ -62,16 +64,38 @@ def offered(wanted: str, environment: Mapping[str, str]) -> list[Device]:
 
 
 def _gpus() -> list[Device]:
-    """As the driver lists them; the driver is asked in a process of its own, never loaded here."""
+    return [
+        Device("cuda", index, name, _bytes(mib))
+        for index, name, mib in _ask("index,name,memory.total")
+    ]
+
+
+def _ask(columns: str) -> list[list[str]]:
+    """What the driver says of each GPU; it is asked in a process of its own, never loaded here."""
+    command = [*_SMI, f"--query-gpu={columns}"]
     try:
-        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=20, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
-    return [
-        Device("cuda", index, name, int(mib) << 20 if mib.isdigit() else None)
-        for index, _, name, mib in rows
-    ]
+    return [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
+
+
+def _bytes(mib: str) -> int | None:
+    return int(mib) << 20 if mib.isdigit() else None
+
+
+def memory_used(devices: Sequence[Device]) -> dict[str, int]:
+    """Bytes in use on each GPU of `devices`, by its id; nothing for the CPU."""
+    ids = {device.id for device in devices if device.kind == "cuda"}
+    if not ids:
+        return {}
+    used = {index: _bytes(mib) for index, mib in _ask("index,memory.used")}
+    return {index: size for index, size in used.items() if index in ids and size is not None}
+
+
+def still_held(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
+    """GPUs whose memory has not come back to what it was before."""
+    return [index for index, size in now.items() if size > before.get(index, 0) + _SLACK_BYTES]
 
 
 def _visible(gpus: Sequence[Device], mask: str | None) -> list[Device]:

@@ -20,18 +20,20 @@ from core.db.engine import Database
 from tunery.errors import TransientError
 from tunery.models import ModelStore
 from worker.attempt import Attempt, Tools
+from worker.devices import memory_used, still_held
 from worker.failures import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from core.db.claims import Claim
     from core.settings import Settings
-    from worker.devices import Slot, Slots
+    from worker.devices import Device, Slot, Slots
     from worker.place import WorkerPlace
 
 log = structlog.get_logger()
 
+GIVE_BACK_S = 30.0
 _TURN_S = 0.02
 _BEAT_TIMEOUT_S = 5.0
 
@@ -124,6 +126,8 @@ class Supervisor:
             )
 
     async def _carry_out(self, tools: Tools, claim: Claim, slots: Sequence[Slot]) -> None:
+        devices = [slot.device for slot in slots]
+        before = asyncio.create_task(asyncio.to_thread(memory_used, devices))
         attempt: Attempt | None = None
         try:
             attempt = Attempt(tools, claim, slots)
@@ -136,12 +140,23 @@ class Supervisor:
             message = f"the supervisor failed with {type(error).__name__}"
             await self._fail(tools, claim, message, retryable=True)
         finally:
-            if attempt is not None and attempt.survivors:
-                # The devices may still be in use: locked until this process ends.
-                log.error("devices.quarantined", devices=[slot.device.id for slot in slots])
+            survivors = attempt.survivors if attempt is not None else 0
+            if survivors or not await self._given_back(devices, await before):
+                # Not free: the slots stay locked until this process ends.
+                log.error("devices.quarantined", devices=[device.id for device in devices])
             else:
                 for slot in slots:
                     slot.release()
+
+    async def _given_back(self, devices: Sequence[Device], before: Mapping[str, int]) -> bool:
+        """Whether the GPUs' memory came back: a process that holds it may be out of our sight."""
+        give_up = asyncio.get_running_loop().time() + GIVE_BACK_S
+        while held := still_held(before, await asyncio.to_thread(memory_used, devices)):
+            if asyncio.get_running_loop().time() > give_up:
+                log.error("devices.memory_held", devices=held)
+                return False
+            await asyncio.sleep(1.0)
+        return True
 
     async def _fail(self, tools: Tools, claim: Claim, message: str, *, retryable: bool) -> None:
         error = Failure("internal_error", "platform", message, retryable).as_json()

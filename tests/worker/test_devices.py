@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tunery.errors import InvalidConfig
-from worker import devices
-from worker.devices import CPU_RANKS, Device, Slots, offered
+from worker import devices, supervisor
+from worker.devices import CPU_RANKS, Device, Slots, memory_used, offered, still_held
 from worker.environment import trainer_environment, warm_environment
 
 if TYPE_CHECKING:
@@ -98,6 +98,42 @@ def test_only_one_looks_for_devices_at_a_time(tmp_path: Path) -> None:
         assert (ours, theirs) == (True, False)
     with slots.taking() as again:
         assert again
+
+
+def test_memory_that_a_dead_trainer_still_holds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [["0", "900"], ["1", "70000"], ["2", "[N/A]"]]
+    monkeypatch.setattr(devices, "_ask", lambda columns: rows)
+    now = memory_used(GPUS)
+    assert now == {"0": 900 << 20, "1": 70000 << 20}
+    assert still_held({"0": 800 << 20, "1": 800 << 20}, now) == ["1"]
+    assert still_held({"0": 800 << 20, "1": 69900 << 20}, now) == []  # another's, from before
+    assert memory_used([Device("cpu", "0", "CPU")]) == {}
+
+
+async def test_a_gpu_whose_memory_does_not_come_back_stays_locked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used = iter([{"0": 0}, {"0": 70 << 30}, {"0": 0}, {"0": 0}])
+    monkeypatch.setattr(supervisor, "memory_used", lambda devices: next(used))
+    monkeypatch.setattr(supervisor, "GIVE_BACK_S", -1.0)
+    slots = Slots(tmp_path, "a", GPUS[:1])
+    held = slots.free()
+
+    class Done:
+        survivors = 0
+
+        def __init__(self, *_: object) -> None: ...
+
+        async def run(self) -> None: ...
+
+    monkeypatch.setattr(supervisor, "Attempt", Done)
+    ours = supervisor.Supervisor(None, None, slots)  # type: ignore[arg-type]
+    await ours._carry_out(None, None, held)  # type: ignore[arg-type]
+    assert slots.free() == []
+    held[0].release()
+    held = slots.free()
+    await ours._carry_out(None, None, held)  # type: ignore[arg-type]
+    assert len(slots.free()) == 1
 
 
 def test_the_trainers_environment_is_an_allow_list() -> None:
