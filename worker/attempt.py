@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -126,8 +127,8 @@ class Attempt:
     async def run(self) -> str | None:
         """Carry it out; returns the state that the job was left in, None when fenced."""
         self._log.info("attempt.claimed", gpus=self._claim.gpus, queue=self._claim.queue)
-        beat = asyncio.create_task(self._beat_forever())
         lock = open_scratch(self._scratch)
+        beat = asyncio.create_task(self._beat_forever())
         try:
             end = await self._carry_out()
             state = await self._conclude(end)
@@ -218,6 +219,11 @@ class Attempt:
             raise
         except AppError as error:
             self._failure = failures.of_error(error)
+            return None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self._failure = failures.disk_full(self._settings.resolved_scratch_dir())
             return None
         return end
 

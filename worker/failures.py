@@ -11,6 +11,8 @@ from tunery.errors import AppError, ResourceError, UserError
 from worker.lifeline import Reason
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tunery.training.protocol import FailureEvent
     from worker.process import Exit
 
@@ -80,6 +82,16 @@ def time_limit(limit_s: float) -> Failure:
         f"the job did not finish within {limit_s:g} s",
         retryable=False,
         hint="raise ext.limits.max_runtime_s, or continue from the checkpoint that was written",
+    )
+
+
+def disk_full(folder: Path) -> Failure:
+    return Failure(
+        "capacity_unavailable",
+        "capacity",
+        "the worker's disk is full",
+        retryable=True,
+        hint=f"free space under {folder.name}, or set TUNERY_SCRATCH_DIR to a larger disk",
     )
 
 
