@@ -79,6 +79,31 @@ def base_model(settings: Settings) -> str:
     return BASE
 
 
+async def add_file(db: Database, project_id: int, **columns: Any) -> str:
+    """A validated file, as an upload would leave it."""
+    content = jsonl(CHAT)
+    row = FileRow(
+        **{
+            "public_id": new_id("file-"),
+            "project_id": project_id,
+            "filename": "chat.jsonl",
+            "purpose": "fine-tune",
+            "status": "processed",
+            "size_bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "store_key": new_id("files/"),
+            "content_type": "application/jsonl",
+            "suffix": ".jsonl",
+            "format": "chat",
+            "rows": len(CHAT),
+            **columns,
+        }
+    )
+    async with db.begin() as session:
+        session.add(row)
+    return row.public_id
+
+
 @dataclass
 class Service:
     """A running service, and the means to look behind it."""
@@ -110,28 +135,8 @@ class Service:
             row.max_queued_jobs = jobs
 
     async def add_file(self, project: str = "acme", **columns: Any) -> str:
-        """A validated file, as an upload would leave it."""
-        content = jsonl(CHAT)
-        row = FileRow(
-            **{
-                "public_id": new_id("file-"),
-                "project_id": (await self.project(project)).id,
-                "filename": "chat.jsonl",
-                "purpose": "fine-tune",
-                "status": "processed",
-                "size_bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
-                "store_key": new_id("files/"),
-                "content_type": "application/jsonl",
-                "suffix": ".jsonl",
-                "format": "chat",
-                "rows": len(CHAT),
-                **columns,
-            }
-        )
-        async with self.db.begin() as session:
-            session.add(row)
-        return row.public_id
+        """A validated file of the project."""
+        return await add_file(self.db, (await self.project(project)).id, **columns)
 
     def openai(self, key: str, **options: Any) -> AsyncOpenAI:
         client = AsyncOpenAI(api_key=key, base_url=f"{self.url}/v1", **options)

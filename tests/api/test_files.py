@@ -279,7 +279,10 @@ async def test_a_client_that_vanishes_leaves_nothing(
 
     with pytest.raises(ConnectionResetError):
         await http.post("/v1/files", content=broken(), headers=form()["headers"])
-    await asyncio.sleep(0.3)
+    folder = service.settings.resolved_home() / "artifacts"
+    async with asyncio.timeout(10):
+        while [path for path in folder.rglob("*") if path.is_file()]:
+            await asyncio.sleep(0.02)
     assert await stored(service) == []
 
 

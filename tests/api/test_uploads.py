@@ -15,6 +15,7 @@ from core.files import expiry, uploads
 from tests.api.conftest import CHAT, jsonl
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     import httpx2
@@ -163,6 +164,8 @@ async def test_an_upload_expires_and_is_swept(
     upload, other = await announce(client), await announce(client)
     ids = await send(client, upload)
     await send(client, other)
+    store = service.app.state.service.store
+    await store.put("uploads/upload_nobody/part_orphan", _once(b"of a process that died"))
     async with service.db.begin() as session:
         await session.execute(
             text("update uploads set expires_at = clock_timestamp() where public_id = :id"),
@@ -171,7 +174,7 @@ async def test_an_upload_expires_and_is_swept(
     form = {"files": {"data": ("upload", b"x")}}
     for swept in (False, True):
         if swept:
-            await expiry.sweep(service.db, service.app.state.service.store)
+            await expiry.sweep(service.db, store)
             assert await stored(service) == (0, 3)  # the other's
         for path, more in (
             ("parts", form),
@@ -181,6 +184,10 @@ async def test_an_upload_expires_and_is_swept(
             answer = await http.post(f"/v1/uploads/{upload.id}/{path}", **more)
             assert answer.status_code == 410, (swept, path)
             assert answer.json()["error"]["code"] == "upload_expired"
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 async def test_a_part_over_the_limit_is_refused(
