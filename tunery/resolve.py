@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunery import catalogue
+from tunery.data.formats import sorted_labels
 from tunery.errors import InvalidConfig, UnsupportedCombination
 from tunery.request import unknown_key, validated
 from tunery.spec import (
@@ -361,7 +362,7 @@ def _transforms(
 
 
 def _data(training: DataFile, validation: DataFile | None, story: _Story) -> Data:
-    """Both files, their labels numbered together in sorted order."""
+    """Both files, their labels numbered together: in number order where all are numbers."""
     if training.labels is None:
         return Data(training=training, validation=validation)
     held_out = set((validation.labels if validation else None) or ())
@@ -372,7 +373,7 @@ def _data(training: DataFile, validation: DataFile | None, story: _Story) -> Dat
             "validation_file",
             f"{len(unseen)} labels of the validation file are not trained",
         )
-    labels = {"labels": tuple(sorted({*training.labels, *held_out}))}
+    labels = {"labels": tuple(sorted_labels({*training.labels, *held_out}))}
     return Data(
         training=training.model_copy(update=labels),
         validation=validation and validation.model_copy(update=labels),
