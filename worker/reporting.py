@@ -60,7 +60,7 @@ class Report:
         self._progress: dict[str, Any] = {}
         self._phase = ""
         self.total_steps: int | None = None
-        self.step = 0
+        self.step = self._first = 0
         self.started = False
         self.failure: FailureEvent | None = None
         self.done: DoneEvent | None = None
@@ -105,7 +105,7 @@ class Report:
         self._progress["total_steps"] = event.total_steps
         self._progress["facts"] = event.model_dump(exclude={"kind", "run", "at"})
         if event.start_step:
-            self.step = event.start_step
+            self.step = self._first = event.start_step
             self._progress["resumed_from_step"] = event.start_step
             message = f"Resumed from the checkpoint of step {event.start_step}"
             self.note(Note("phase", message, data={"step": event.start_step}))
@@ -113,7 +113,8 @@ class Report:
     def _measure(self, event: MetricsEvent) -> None:
         self._points.append((event.step, {**event.values, "epoch": event.epoch}))
         self._latest = event
-        self.started = True
+        # The base model's own evaluation comes before the first step.
+        self.started = self.started or event.step > self._first
         self.step = max(self.step, event.step)
         self._progress |= {
             "epoch": event.epoch,

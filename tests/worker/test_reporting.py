@@ -63,6 +63,14 @@ def test_a_resumed_run_says_from_where_and_counts_from_there() -> None:
     assert batch.progress.facts["features"] == {"packing": True}
 
 
+def test_an_evaluation_before_the_first_step_does_not_start_the_run() -> None:
+    made = report(started(), measured(0, valid_loss=2.0))
+    assert not made.take().started
+    made.add(measured(1))
+    assert made.take().started
+    assert not report(started(6), measured(6, valid_loss=2.0)).take().started
+
+
 def test_evaluations_between_steps_do_not_fill_the_history() -> None:
     made = report(PhaseEvent(run="r", at=0, phase="preparing"), measured(1))
     made.take()
