@@ -3,6 +3,7 @@
 #   make up      the service until Ctrl-C
 #   make test    the tests
 #   make check   what CI runs
+# ARGS goes to what a target runs: make test ARGS=tests/tunery, make demo ARGS='--set max_steps=10'
 
 VENV   ?= .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -35,7 +36,7 @@ $(DEV): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(RUN)
 
 demo: $(RUN)
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py $(ARGS)
 
 up: $(RUN)
 	@$(BIN)/tunery up

@@ -7,6 +7,7 @@ process load it with PEFT and compare.
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.local.process import spawn, stop
 from tunery.cli import output
-from tunery.cli.request_file import read
+from tunery.cli.request_file import override, read
 from tunery.cli.watching import Watch, show
 from tunery.client import Job, Tunery, credentials
 from tunery.errors import AppError, ServiceUnavailable
@@ -108,10 +109,10 @@ def train(client: Tunery, body: dict[str, Any]) -> Job:
         raise
 
 
-def run(story: Story) -> int:
+def run(story: Story, settings: list[str]) -> int:
     """The whole demo; returns the exit code."""
     place = Place(credentials.home())
-    body = read(HERE / "job.yaml")
+    body = override(read(HERE / "job.yaml"), settings)
     story.step(f"base model {body['model']}")
     argv = [sys.executable, "-m", "tunery.cli.main", "models", "import", body["model"]]
     if subprocess.run(argv, stdout=subprocess.DEVNULL, check=False).returncode != 0:
@@ -171,6 +172,14 @@ def _short(path: Path) -> Path:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], help="changes the job, such as max_steps=10"
+    )
+    options = parser.parse_args()
+
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
@@ -178,7 +187,7 @@ def main() -> int:
     signal.signal(signal.SIGHUP, interrupt)
     story = Story()
     try:
-        return run(story)
+        return run(story, options.set)
     except AppError as error:
         story.line(f"error: {error}" + (f" ({error.hint})" if error.hint else ""))
         return 1

@@ -22,9 +22,8 @@ DataPath = Annotated[Path, typer.Argument(metavar="FILE", help="jsonl, jsonl.gz,
 def check(path: DataPath, as_json: AsJson = False) -> None:
     """Check a file as the service does at upload. Exit code 3 when it cannot be trained on."""
     report = report_of(path)
-    value = report.as_json() if hasattr(report, "as_json") else dict(vars(report))
     if as_json:
-        output.emit_json(value)
+        output.emit_json(report.as_json())
     else:
         output.record(
             {

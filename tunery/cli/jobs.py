@@ -244,11 +244,11 @@ def logs(
     """The trainer's output."""
     with Tunery() as client:
         text, cursor = client.jobs.logs(job_id, tail)
-        output.out().print(text, end="")
+        output.write(text)
         while follow:
             done = client.jobs.get(job_id).done
             text, cursor = client.jobs.logs(job_id, after=cursor)
-            output.out().print(text, end="")
+            output.write(text)
             if done and not text:
                 return
             time.sleep(0 if text else 1.0)
@@ -263,7 +263,7 @@ def metrics(
     """Logged values as CSV, or with --json one object of series."""
     with Tunery() as client:
         if not as_json and not key:
-            output.out().print(client.jobs.metrics_csv(job_id), end="")
+            output.write(client.jobs.metrics_csv(job_id))
             return
         found = client.jobs.metrics(job_id, key)
     if as_json:

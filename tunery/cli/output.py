@@ -43,13 +43,8 @@ class _Manner:
 manner = _Manner()
 
 
-def out() -> Console:
-    """The console for data. Made anew each time: tests and pipes swap the stream."""
-    return Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
-
-
 def err() -> Console:
-    """The console for people."""
+    """The console for people. Made anew each time: tests and pipes swap the stream."""
     return Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -65,6 +60,12 @@ def complain(text: str, hint: str | None = None) -> None:
     console.print(Text("error: ", style="bold red").append(text, style="not bold default"))
     if hint:
         console.print(f"  {hint}")
+
+
+def write(text: str) -> None:
+    """Data that has its own line ends, as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def emit(line: str) -> None:
@@ -116,16 +117,17 @@ def record(value: Mapping[str, Any], as_json: bool, shown: Mapping[str, Any] | N
     if as_json:
         emit_json(value)
         return
-    console = out()
-    pairs = value if shown is None else shown
-    width = max(map(len, pairs), default=0) if sys.stdout.isatty() else 0
+    pairs = {key: inner for key, inner in (shown or value).items() if inner is not None}
+    if not sys.stdout.isatty():
+        for name, inner in pairs.items():
+            emit(f"{name}\t{inner}")
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, inner in pairs.items():
-        if inner is not None:
-            style = COLOURS.get(str(inner), "")
-            console.print(
-                Text(f"{name:<{width}}\t".expandtabs(2) if width else f"{name}\t"), end=""
-            )
-            console.print(Text(str(inner), style=style))
+        table.add_row(name, _cell(inner))
+    Console(file=sys.stdout, highlight=False, markup=False).print(table)
 
 
 def confirm(question: str, yes: bool) -> None:

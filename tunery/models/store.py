@@ -116,24 +116,31 @@ class ModelStore:
             BaseModelUnavailable: it is not here and cannot be had, or is here at another revision.
         """
         info = self.get(name)
-        if info is None and self.hub_allowed:
-            from tunery.models.hub import download
-
-            info = download(self, name, revision)
         if info is None:
-            near = self.nearest(name)
-            raise BaseModelUnavailable(
-                f"base model {name!r} is not on this machine",
-                hint=(f"did you mean {near[0]!r}? " if near else "")
-                + f"`tunery models import <file or folder> --name {name}` brings one in",
-                param="model",
-            )
+            info = self._fetch(name, revision)
         if revision is not None and info.revision is not None and info.revision != revision:
             raise BaseModelUnavailable(
                 f"base model {name!r} is here at revision {info.revision}, not {revision}",
                 param="model",
             )
         return info.path
+
+    def _fetch(self, name: str, revision: str | None) -> ModelInfo:
+        why = f"base model {name!r} is not on this machine"
+        if self.hub_allowed:
+            from tunery.models.hub import download
+
+            try:
+                return download(self, name, revision)
+            except BaseModelUnavailable as error:
+                why = error.message
+        near = self.nearest(name)
+        raise BaseModelUnavailable(
+            why,
+            hint=(f"did you mean {near[0]!r}? " if near else "")
+            + f"`tunery models import <file or folder> --name {name}` brings one in",
+            param="model",
+        )
 
     def shape(self, path: Path) -> ModelShape:
         """The shape of the model in a folder, in the store or not."""
