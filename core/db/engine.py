@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import select
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from tunery.errors import ServiceUnavailable
 
-__all__ = ["AsyncSession", "Database"]  # the session's type, for those who may not import SQLAlchemy
+__all__ = [
+    "AsyncSession",
+    "Database",
+]  # the session's type, for those who may not import SQLAlchemy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -31,6 +35,21 @@ def _availability() -> Iterator[None]:
         if not error.connection_invalidated:
             raise
         raise ServiceUnavailable("the database connection broke") from error
+
+
+def _refuse_the_dead(connection: Any, record: Any, proxy: Any) -> None:
+    """Have the pool replace a connection whose server has gone, before anybody uses it.
+
+    A server that stops or kills a session closes its socket, which can then be read. Looking costs
+    microseconds where SQLAlchemy's ping costs a round trip on every request.
+
+    Raises:
+        DisconnectionError: the pool's sign to connect anew.
+    """
+    poll = select.poll()
+    poll.register(record.driver_connection.fileno(), select.POLLIN)
+    if poll.poll(0):
+        raise DisconnectionError("the server has closed this connection")
 
 
 class Database:
@@ -58,13 +77,13 @@ class Database:
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=pool_timeout_s,
-            pool_pre_ping=True,  # a restarted Postgres costs a reconnect, not an error
             connect_args={
                 "connect_timeout": 5,
                 "options": options,
                 "application_name": "tunery",
             },
         )
+        event.listen(self._engine.sync_engine, "checkout", _refuse_the_dead)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._readers = async_sessionmaker(
             self._engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False
