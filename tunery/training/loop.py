@@ -161,7 +161,7 @@ class Loop:
         units = float(self.train.units[chosen].sum())
         while True:
             meter = Meter()
-            with memory.attempt() as tried:
+            with memory.attempt(alone=not self.engine.even) as tried:
                 self._accumulate(chosen, units, meter)
             asked = (tried.failed, self.stop.stop, self.stop.take_checkpoint())
             failed, stop, checkpoint = self.engine.agree(*asked)
@@ -266,7 +266,10 @@ class Loop:
         self.engine.model.train()
         while True:
             micro = self._plan(self.train, heaviest)[:1]
-            with memory.attempt() as tried, self._batches(self.train, micro) as batches:
+            with (
+                memory.attempt(alone=not self.engine.even) as tried,
+                self._batches(self.train, micro) as batches,
+            ):
                 for batch in batches:
                     out = self.objective.loss(self.engine.model, batch)
                     self.engine.backward(out.loss * 0.0, last=True)
@@ -395,7 +398,7 @@ class Loop:
         """Metrics over all of `store`, by all ranks, as `valid_<name>`."""
         self.engine.model.eval()
         while True:
-            with memory.attempt() as tried:
+            with memory.attempt(alone=not self.engine.even) as tried:
                 reading, truths, predictions = self._evaluated(store)
             (failed,) = self.engine.agree(tried.failed)
             if not failed:

@@ -88,6 +88,8 @@ class TokenLossComputer:
         return model(**batch.inputs(), **borders(batch), use_cache=False).logits  # type: ignore[no-any-return]
 
     def _chunked(self, batch: Batch) -> bool:
+        if self._chunkable and hasattr(self._head.weight, "ds_id"):
+            return False  # ZeRO-3: the weight is whole only while the head's own forward runs.
         if self.policy.path != "auto":
             return self.policy.path == "chunked" and self._chunkable
         needed = batch.supervised * self._vocabulary * 4

@@ -32,11 +32,18 @@ class Attempt:
 
 
 @contextmanager
-def attempt() -> Iterator[Attempt]:
+def attempt(*, alone: bool = True) -> Iterator[Attempt]:
     """Swallow an allocator's refusal and note it; free what the block held.
 
     The traceback keeps every tensor of the failed block alive, so it has to be gone before the
     cache is emptied.
+
+    Args:
+        alone: whether the block talks to no other rank. If it does, the others now wait for this
+            one inside it, where nobody can tell them to start over.
+
+    Raises:
+        OutOfMemory: it did not fit, and the block was not alone.
     """
     result = Attempt()
     try:
@@ -44,6 +51,13 @@ def attempt() -> Iterator[Attempt]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if not alone:
+            raise OutOfMemory(
+                "a micro-batch does not fit the device's memory",
+                hint="lower compute.micro_batch_tokens: this strategy cannot retry a step in "
+                "smaller parts",
+                param="ext.compute.micro_batch_tokens",
+            ) from error
         result.failed = True
     if result.failed:
         gc.collect()

@@ -9,19 +9,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tunery.errors import CheckpointCorrupt, NotSupported
+from tunery.errors import CheckpointCorrupt, NotSupported, OutOfMemory
 from tunery.spec import Checkpoints, Compute, Use
-from tunery.training import program
+from tunery.training import memory, program
+from tunery.training.collate import collate
 from tunery.training.control import StopFlag
 from tunery.training.engines import engine_for
+from tunery.training.losses import HeadPolicy, TokenLossComputer
 from tunery.training.optimizer import OptimizerSettings
 from tunery.training.protocol import EXIT_DONE, read_event
+from tunery.training.types import Document, Example
 
 if TYPE_CHECKING:
     from tunery.training.protocol import RunOrder
@@ -152,6 +156,37 @@ def test_all_weights_of_a_model_divided_among_ranks_come_out_whole(
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(other[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+def test_running_out_of_memory_among_others_ends_the_run_at_once() -> None:
+    """Caught, it would leave the other ranks waiting inside the forward pass for ever."""
+    refusal = torch.OutOfMemoryError("CUDA out of memory")
+    with memory.attempt() as tried:
+        raise refusal
+    assert tried.failed
+    with pytest.raises(OutOfMemory, match="does not fit"), memory.attempt(alone=False):
+        raise refusal
+    assert engine_for("deepspeed_zero3").even
+
+
+def test_a_divided_head_is_never_read_outside_its_own_forward() -> None:
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=False,
+        )
+    ).requires_grad_(False)
+    document = Document(np.arange(4), np.arange(4))
+    batch = collate([Example((document,), None, 0)], layout="rows", pad_id=0)
+    losses = TokenLossComputer(base, HeadPolicy(path="chunked"))
+    losses(base, batch)
+    base.lm_head.weight.ds_id = 7
+    losses(base, batch)
+    assert losses.used == {"chunked", "plain"}
 
 
 def settings() -> OptimizerSettings:
