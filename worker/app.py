@@ -66,12 +66,13 @@ class Worker:
         return cls(settings, place, slots, warm, herald, queues)
 
     def wake(self, message: dict[str, Any]) -> int:
-        """Serve the queue that the message names; returns how many jobs ran."""
+        """There may be work for the queue that the message names; returns how many jobs ran."""
         queue = message.get("class")
         if message.get("v") != MESSAGE_VERSION or queue not in self.queues:
             log.warning("wake.not_understood", version=message.get("v"))
             return 0
-        return asyncio.run(Supervisor(self.settings, self.place, self.slots).serve(queue))
+        supervisor = Supervisor(self.settings, self.place, self.slots, self.queues)
+        return asyncio.run(supervisor.serve())
 
 
 def make_app(worker: Worker, **overrides: Any) -> Celery:

@@ -39,9 +39,17 @@ _BEAT_TIMEOUT_S = 5.0
 
 
 class Supervisor:
-    """One pool child's worth of work on one queue."""
+    """One pool child's worth of work.
 
-    def __init__(self, settings: Settings, place: WorkerPlace, slots: Slots) -> None:
+    Args:
+        queues: all that this worker serves, whichever rang: a long backlog on one of them must not
+            keep its devices from a better job on another.
+    """
+
+    def __init__(
+        self, settings: Settings, place: WorkerPlace, slots: Slots, queues: Sequence[str]
+    ) -> None:
+        self._queues = queues
         self._settings = settings
         self._place = place
         self._slots = slots
@@ -51,8 +59,8 @@ class Supervisor:
         """Whether to give back what runs and take nothing new."""
         return self._told_to_stop or self._place.draining()
 
-    async def serve(self, queue: str) -> int:
-        """Claim and run until nothing of `queue` is runnable here; returns how many ran."""
+    async def serve(self) -> int:
+        """Claim and run until nothing is runnable here; returns how many ran."""
         loop = asyncio.get_running_loop()
         # Sent by service managers to the whole control group.
         loop.add_signal_handler(signal.SIGTERM, self._stop)
@@ -61,7 +69,7 @@ class Supervisor:
         db = Database(url, pool_size=3)
         beats = Database(url, pool_size=1, statement_timeout_s=timeout_s, pool_timeout_s=timeout_s)
         try:
-            return await self._serve(queue, db, beats)
+            return await self._serve(db, beats)
         finally:
             loop.remove_signal_handler(signal.SIGTERM)
             await db.close()
@@ -70,7 +78,7 @@ class Supervisor:
     def _stop(self) -> None:
         self._told_to_stop = True
 
-    async def _serve(self, queue: str, db: Database, beats: Database) -> int:
+    async def _serve(self, db: Database, beats: Database) -> int:
         settings = self._settings
         tools = Tools(
             settings,
@@ -85,10 +93,10 @@ class Supervisor:
         ran = 0
         while not self.draining():
             try:
-                taken = await self._claim(queue, tools)
+                taken = await self._claim(tools)
             except TransientError as error:
                 # Whoever is back first rings again: the reconciler, every half minute.
-                log.warning("claim.failed", queue=queue, why=str(error))
+                log.warning("claim.failed", why=str(error))
                 return ran
             if taken is None:
                 return ran
@@ -96,7 +104,7 @@ class Supervisor:
             ran += 1
         return ran
 
-    async def _claim(self, queue: str, tools: Tools) -> tuple[Claim, list[Slot]] | None:
+    async def _claim(self, tools: Tools) -> tuple[Claim, list[Slot]] | None:
         """Take free devices and the best job for them; None when either is lacking."""
         with contextlib.ExitStack() as stack:
             while not stack.enter_context(self._slots.taking()):
@@ -106,19 +114,19 @@ class Supervisor:
             claim = None
             try:
                 if free:
-                    claim = await self._claim_for(queue, self._slots.capacity(free), tools)
+                    claim = await self._claim_for(self._slots.capacity(free), tools)
             finally:
                 wanted = min(claim.gpus, len(free)) if claim is not None else 0
                 for slot in free[wanted:]:
                     slot.release()
         return None if claim is None else (claim, free[:wanted])
 
-    async def _claim_for(self, queue: str, capacity: int, tools: Tools) -> Claim | None:
+    async def _claim_for(self, capacity: int, tools: Tools) -> Claim | None:
         cached = [info.name for info in tools.models.list()]
         async with tools.db.begin() as session:
             return await claims.claim_next(
                 session,
-                queues=[queue],
+                queues=self._queues,
                 gpus_free=capacity,
                 worker=self._place.name,
                 ttl_s=self._settings.lease_s,

@@ -138,7 +138,13 @@ class Farm:
     # Jobs
 
     async def submit(
-        self, *, max_runtime_s: int | None = None, keep: int = 3, gpus: int = 1, **config: Any
+        self,
+        *,
+        max_runtime_s: int | None = None,
+        keep: int = 3,
+        gpus: int = 1,
+        queue: str = "default",
+        **config: Any,
     ) -> str:
         """Queue a job whose trainer behaves as `config` says; returns its id."""
         assert self.file is not None
@@ -159,9 +165,9 @@ class Farm:
             checkpoints=Checkpoints(keep=keep),
             limits=Limits(max_runtime_s=max_runtime_s),
         )
-        return await self.queue(spec, self.file, gpus=gpus)
+        return await self.queue(spec, self.file, gpus=gpus, queue=queue)
 
-    async def queue(self, spec: TrainingSpec, file: FileRow, gpus: int = 1) -> str:
+    async def queue(self, spec: TrainingSpec, file: FileRow, **columns: Any) -> str:
         """Queue a job as it was resolved; returns its id."""
         async with self.db.begin() as session:
             row = await JobRepository(session, self.project_id).insert(
@@ -172,7 +178,7 @@ class Farm:
                 request={},
                 resolved={},
                 spec=spec.model_dump(mode="json"),
-                gpus=gpus,
+                **columns,
             )
         return row.public_id
 

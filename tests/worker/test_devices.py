@@ -127,7 +127,7 @@ async def test_a_gpu_whose_memory_does_not_come_back_stays_locked(
         async def run(self) -> None: ...
 
     monkeypatch.setattr(supervisor, "Attempt", Done)
-    ours = supervisor.Supervisor(None, None, slots)  # type: ignore[arg-type]
+    ours = supervisor.Supervisor(None, None, slots, [])  # type: ignore[arg-type]
     await ours._carry_out(None, None, held)  # type: ignore[arg-type]
     assert slots.free() == []
     held[0].release()

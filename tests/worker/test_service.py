@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
 
 from core.db import metrics
 from core.db.tables import FileRow
@@ -102,6 +103,34 @@ async def test_one_worker_serves_several_devices_and_jobs_of_several(farm: Farm)
     for job in (*singles, both):
         await farm.reaches(job, "succeeded")
     await farm.oracle()
+
+
+async def test_a_backlog_on_one_queue_does_not_hide_another(farm: Farm) -> None:
+    await farm.worker(TUNERY_QUEUES="default,other")
+    first, second, third = [await farm.submit(steps=20, step_s=0.05) for _ in range(3)]
+    await farm.steps(first, 1)
+    async with farm.db.begin() as session:
+        await session.execute(text("update jobs set priority = -1 where state = 'queued'"))
+    elsewhere = await farm.submit(steps=3, queue="other")
+    await farm.reaches(elsewhere, "succeeded")
+    assert (await farm.job(third)).state == "queued"
+    for job in (second, third):
+        await farm.reaches(job, "succeeded")
+    await farm.oracle()
+
+
+async def test_a_pool_child_leaks_no_descriptor_and_no_folder(farm: Farm) -> None:
+    worker = await farm.worker()
+    (child,) = worker.children()
+    open_after = []
+    for _ in range(4):
+        job = await farm.submit(steps=2)
+        await farm.reaches(job, "succeeded")
+        await until(lambda: not list(farm.settings.resolved_scratch_dir().iterdir()))
+        await asyncio.sleep(0.3)
+        open_after.append(len(list(Path(f"/proc/{child}/fd").iterdir())))
+    assert open_after[-1] <= open_after[1]
+    assert worker.children() == [child]
 
 
 async def test_a_worker_describes_itself_and_takes_its_row_away(farm: Farm) -> None:
