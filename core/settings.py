@@ -55,10 +55,14 @@ class Settings(BaseSettings):
         1800.0, gt=0, description="Silence of a running trainer after which it is taken for hung."
     )
     retry_backoff_s: float = Field(
-        10.0, ge=0, description="Wait before the second attempt; it doubles with each, up to 10 min."
+        10.0,
+        ge=0,
+        description="Wait before the second attempt; it doubles with each, up to 10 min.",
     )
     devices: str = Field(
-        "auto", description="Devices that a worker offers: auto, cpu, or indices such as 0,1,2,3."
+        "auto",
+        description="Devices that a worker offers: auto, cpu, cpu:N for N slots, or GPU indices "
+        "such as 0,1,2,3.",
     )
     queues: str = Field("default", description="Queues that a worker serves, comma-separated.")
     worker_id: str | None = Field(None, description="Name of this worker; None: host and pid.")
