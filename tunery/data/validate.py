@@ -1,7 +1,7 @@
 """Stage A: what can be said of a data file before any model is known.
 
 `Validator` takes a file of lines as it arrives, `validate` a file that lies there. Both hold one
-row, up to 100 problems, and to find duplicates the digests of up to a million rows (32 MiB).
+row, up to 100 problems, and to find duplicates the digests of up to half a million rows (16 MiB).
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def digest(row: Row, form: Format) -> int:
 class Digests:
     """A map from digests to lines, in 16 bytes a slot. Rows beyond `most` are not remembered."""
 
-    def __init__(self, most: int = 1_000_000) -> None:
+    def __init__(self, most: int = 500_000) -> None:
         self._most = most
         self._count = 0
         self._resize(1 << 10)
@@ -314,8 +314,8 @@ def overlap(
     """Which validation rows are trained on: they measure memory, not learning.
 
     Takes (line, normal row), as `read.read_rows` yields them. Each problem is a warning,
-    `train_valid_overlap`, at a line of the validation file. Exact for up to a million
-    training rows.
+    `train_valid_overlap`, at a line of the validation file. Exact for up to half a
+    million training rows.
     """
     form = formats.FORMATS[format]
     trained = Digests()
