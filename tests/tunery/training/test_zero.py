@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tunery import catalogue
 from tunery.errors import CheckpointCorrupt, NotSupported, OutOfMemory
 from tunery.spec import Checkpoints, Compute, Use
 from tunery.training import memory, program
@@ -25,7 +26,7 @@ from tunery.training.engines import engine_for
 from tunery.training.losses import HeadPolicy, TokenLossComputer
 from tunery.training.optimizer import OptimizerSettings
 from tunery.training.protocol import EXIT_DONE, read_event
-from tunery.training.types import Document, Example
+from tunery.training.types import AdapterRun, Document, Example
 
 if TYPE_CHECKING:
     from tunery.training.protocol import RunOrder
@@ -169,8 +170,9 @@ def test_running_out_of_memory_among_others_ends_the_run_at_once() -> None:
     assert engine_for("deepspeed_zero3").even
 
 
-def test_a_divided_head_is_never_read_outside_its_own_forward() -> None:
-    base = LlamaForCausalLM(
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32,
             hidden_size=16,
@@ -179,7 +181,13 @@ def test_a_divided_head_is_never_read_outside_its_own_forward() -> None:
             num_attention_heads=2,
             tie_word_embeddings=False,
         )
-    ).requires_grad_(False)
+    )
+
+
+def test_a_divided_head_is_never_read_outside_its_own_forward(
+    tiny_llama: LlamaForCausalLM,
+) -> None:
+    base = tiny_llama.requires_grad_(False)
     document = Document(np.arange(4), np.arange(4))
     batch = collate([Example((document,), None, 0)], layout="rows", pad_id=0)
     losses = TokenLossComputer(base, HeadPolicy(path="chunked"))
@@ -199,6 +207,16 @@ def test_stage_0_says_that_it_keeps_no_masters() -> None:
     with pytest.raises(NotSupported, match="keeps no float32 weights") as caught:
         engine.prepare(model, settings())
     assert caught.value.param == "ext.compute.strategy"
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_stage_3_divides_no_soft_prompts(name: str, tiny_llama: LlamaForCausalLM) -> None:
+    entry = catalogue.find("adapters", name)
+    run = AdapterRun(tiny_llama, "CAUSAL_LM", None, 0, "example/base")  # type: ignore[arg-type]
+    model = entry.apply(entry.Config(), run)
+    with pytest.raises(NotSupported, match="cannot divide a soft prompt") as caught:
+        engine_for("deepspeed_zero3").prepare(model, settings())
+    assert "deepspeed_zero2" in (caught.value.hint or "")
 
 
 def test_a_state_of_other_parameters_is_refused() -> None:

@@ -49,12 +49,7 @@ class ZeroEngine(DdpEngine):
         from transformers import get_scheduler
 
         half = _half(model)
-        if half and self._stage == 0:
-            raise NotSupported(
-                "deepspeed_zero0 keeps no float32 weights beside bfloat16 ones",
-                hint="use ddp, which is the same without DeepSpeed and does, or precision fp32",
-                param="ext.compute.strategy",
-            )
+        self._refuse(model, half)
         self.settings = settings
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: parameter.shape for name, parameter in self._trained.items()}
@@ -77,6 +72,27 @@ class ZeroEngine(DdpEngine):
         )[0]
         self.model = self._engine
         self._allocate_state()
+
+    def _refuse(self, model: nn.Module, half: bool) -> None:
+        """What this stage cannot do.
+
+        Raises:
+            NotSupported: names a strategy that can.
+        """
+        if half and self._stage == 0:
+            raise NotSupported(
+                "deepspeed_zero0 keeps no float32 weights beside bfloat16 ones",
+                hint="use ddp, which is the same without DeepSpeed and does, or precision fp32",
+                param="ext.compute.strategy",
+            )
+        adapters: dict[str, Any] = getattr(model, "peft_config", {})
+        if self._stage == 3 and any(config.is_prompt_learning for config in adapters.values()):
+            # PEFT runs the prompt's encoder to save it: on rank 0 alone, which waits for the rest.
+            raise NotSupported(
+                "deepspeed_zero3 cannot divide a soft prompt or prefix",
+                hint="use ddp or deepspeed_zero2: it is small enough for every device",
+                param="ext.compute.strategy",
+            )
 
     def _groups(self) -> list[dict[str, Any]]:
         """Weight decay spares vectors, as in the other engines."""
