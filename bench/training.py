@@ -1,6 +1,6 @@
 """The training loop against `transformers.Trainer` + PEFT, TRL's SFTTrainer and a bare torch loop.
 
-    python -m bench.training [rounds]
+    python -m bench.training [rounds [body head control loop]]
 
 Data, made up, of random tokens:
 
@@ -8,9 +8,9 @@ Data, made up, of random tokens:
 - D2, like chats: log-normal lengths (median 32, at most 256), the second half supervised.
 
 Models, random, LoRA r 8 on all linear layers: body-heavy has 6 layers of width 512 and 4,096 words,
-head-heavy 4 layers of width 256 and 32,000 words. Batches of 8, float32, one thread, no recomputation,
-the same examples in the same order: a side whose losses differ by more than 1e-4 stops the benchmark.
-Counted are real tokens per CPU second, without the first step.
+head-heavy 4 layers of width 256 and 32,000 words. Batches of 8, float32, one thread, no
+recomputation, the same examples in the same order: a side whose losses differ by more than 1e-4
+stops the benchmark. Counted are real tokens per CPU second, without the first step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bench import harness
 from bench.figures import Figure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 STEPS, BATCH, LONGEST = 5, 8, 256
 _COMMAND = "python -m bench.training"
@@ -372,29 +372,45 @@ def _tokenizer() -> Any:
 # Measuring
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, parts: Sequence[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for kind, shape in (("body", BODY), ("head", HEAD)):
-            setup = Setup(shape, examples(shape["vocab_size"], chat=True), root / kind)
-            samples = _rates(setup, {"trainer": trainer, "ours": ours, "trl": trl}, rounds)
-            _finish(samples, setup, f"train-trainer-{kind}", f"train-trl-{kind}")
-        control = Setup(BODY, examples(BODY["vocab_size"], chat=False), root / "control")
-        samples = _rates(control, {"trainer": trainer, "ours": ours}, rounds)
-        _finish(samples, control, "train-control")
-        chats = Setup(BODY, examples(BODY["vocab_size"], chat=True), root / "loop")
-        seconds = harness.interleave(
-            {
-                "bare": lambda: bare(chats).seconds / (STEPS - 1),
-                "ours": lambda: ours(chats).seconds / (STEPS - 1),
-            },
-            rounds=rounds,
-            say=harness.tell,
-        )
-        _finish(seconds, chats, "train-loop")
+    for part in parts or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            PARTS[part](rounds, Path(folder))
+
+
+def _chats(rounds: int, folder: Path, kind: str, shape: dict[str, int]) -> None:
+    setup = Setup(shape, examples(shape["vocab_size"], chat=True), folder)
+    samples = _rates(setup, {"trainer": trainer, "ours": ours, "trl": trl}, rounds)
+    _finish(samples, setup, f"train-trainer-{kind}", f"train-trl-{kind}")
+
+
+def _control(rounds: int, folder: Path) -> None:
+    setup = Setup(BODY, examples(BODY["vocab_size"], chat=False), folder)
+    _finish(_rates(setup, {"trainer": trainer, "ours": ours}, rounds), setup, "train-control")
+
+
+def _overhead(rounds: int, folder: Path) -> None:
+    setup = Setup(BODY, examples(BODY["vocab_size"], chat=True), folder)
+
+    def per_step(side: Callable[[Setup], Timeline]) -> float:
+        timeline = side(setup)
+        setup.check(timeline)
+        return timeline.seconds / (STEPS - 1)
+
+    sides = {"bare": lambda: per_step(bare), "ours": lambda: per_step(ours)}
+    samples = harness.interleave(sides, rounds=rounds, say=harness.tell)
+    _finish(samples, setup, "train-loop")
+
+
+PARTS: dict[str, Callable[[int, Path], None]] = {
+    "body": lambda rounds, folder: _chats(rounds, folder, "body", BODY),
+    "head": lambda rounds, folder: _chats(rounds, folder, "head", HEAD),
+    "control": _control,
+    "loop": _overhead,
+}
 
 
 def _rates(
@@ -418,4 +434,4 @@ def _finish(samples: dict[str, list[float]], setup: Setup, *keys: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, sys.argv[2:])
