@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunery.errors import BaseModelUnavailable
-from tunery.models.safety import ALLOWED, refuse_unsafe, take
+from tunery.models.safety import ALLOWED, take
 
 if TYPE_CHECKING:
     from tunery.models.store import ModelInfo, ModelStore
@@ -69,13 +69,10 @@ def commit_of(name: str, revision: str | None) -> str:
 
 
 def _snapshot(name: str, commit: str, folder: Path) -> None:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    api = HfApi()
     try:
-        refuse_unsafe(
-            file for file in api.list_repo_files(name, revision=commit) if file.endswith(".py")
-        )
+        # What is not on the list, code and pickles above all, is not even fetched.
         snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=list(ALLOWED))
     except (OSError, RuntimeError) as error:
         raise _unavailable(name, _reason(error)) from error
