@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -214,5 +215,7 @@ def _check_export(case: Combination, home: Path, export: Path) -> None:
     assert after.isfinite().all()
     shown = after[:, -ids.shape[1] :] if after.dim() == 3 else after
     assert not torch.allclose(before, shown)
-    if classifies and case.adapter == "full":
-        assert tuned.config.id2label == dict(enumerate(LABELS))
+    if classifies:
+        labels = AutoConfig.from_pretrained(export).id2label
+        assert labels == dict(enumerate(LABELS))
+        assert str(home) not in (export / "config.json").read_text()
