@@ -88,11 +88,16 @@ class _Ended(Exception):
 class Attempt:
     """One claim, carried out.
 
+    Args:
+        claimed_at: `time.monotonic` when the claim was asked for: its lease is no younger.
+
     Raises:
         pydantic.ValidationError: the job's spec is not one of this version.
     """
 
-    def __init__(self, tools: Tools, claim: Claim, slots: Sequence[Slot]) -> None:
+    def __init__(
+        self, tools: Tools, claim: Claim, slots: Sequence[Slot], claimed_at: float
+    ) -> None:
         self._tools = tools
         self._settings = tools.settings
         self._claim = claim
@@ -111,7 +116,7 @@ class Attempt:
         self._step = 0  # as written; a beat alone must not run ahead of the state
         self._recording = asyncio.Lock()
         self._checkpoint_asked: datetime | None = None
-        self._beat_at = time.monotonic()
+        self._beat_at = claimed_at
         self._heard_at: float | None = None  # not before the trainer runs
         self._began = time.monotonic()
         self.survivors = 0
@@ -170,7 +175,7 @@ class Attempt:
         if orders is None:
             self._end(Ending.FENCED)
             return
-        self._beat_at = began
+        self._beat_at = max(self._beat_at, began)
         if self._process is not None:
             self._process.renew(began)
         if orders.cancel:

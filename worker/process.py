@@ -71,7 +71,7 @@ class TrainerProcess:
         *,
         warm: Path | None,
         locks: Sequence[int] = (),
-        warm_wait_s: float = 20.0,
+        warm_wait_s: float = 60.0,
         made: Callable[[TrainerProcess], None] = lambda process: None,
     ) -> TrainerProcess:
         """Start a lifeline: from the warm pool at the socket `warm`, or cold.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import structlog
@@ -104,14 +105,15 @@ class Supervisor:
             ran += 1
         return ran
 
-    async def _claim(self, tools: Tools) -> tuple[Claim, list[Slot]] | None:
-        """Take free devices and the best job for them; None when either is lacking."""
+    async def _claim(self, tools: Tools) -> tuple[Claim, list[Slot], float] | None:
+        """Take free devices and the best job for them, and since when; None: either is lacking."""
         with contextlib.ExitStack() as stack:
             while not stack.enter_context(self._slots.taking()):
                 stack.close()
                 await asyncio.sleep(_TURN_S)
             free = self._slots.free()
             claim = None
+            began = time.monotonic()
             try:
                 if free:
                     claim = await self._claim_for(self._slots.capacity(free), tools)
@@ -119,7 +121,7 @@ class Supervisor:
                 wanted = min(claim.gpus, len(free)) if claim is not None else 0
                 for slot in free[wanted:]:
                     slot.release()
-        return None if claim is None else (claim, free[:wanted])
+        return None if claim is None else (claim, free[:wanted], began)
 
     async def _claim_for(self, capacity: int, tools: Tools) -> Claim | None:
         cached = [info.name for info in tools.models.list()]
@@ -133,12 +135,14 @@ class Supervisor:
                 cached_models=cached,
             )
 
-    async def _carry_out(self, tools: Tools, claim: Claim, slots: Sequence[Slot]) -> None:
+    async def _carry_out(
+        self, tools: Tools, claim: Claim, slots: Sequence[Slot], claimed_at: float
+    ) -> None:
         devices = [slot.device for slot in slots]
         before = asyncio.create_task(asyncio.to_thread(memory_used, devices))
         attempt: Attempt | None = None
         try:
-            attempt = Attempt(tools, claim, slots)
+            attempt = Attempt(tools, claim, slots, claimed_at)
             await attempt.run()
         except ValidationError as error:
             message = f"this worker cannot read the job's spec: {error.error_count()} problems"

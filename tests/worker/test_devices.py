@@ -128,11 +128,11 @@ async def test_a_gpu_whose_memory_does_not_come_back_stays_locked(
 
     monkeypatch.setattr(supervisor, "Attempt", Done)
     ours = supervisor.Supervisor(None, None, slots, [])  # type: ignore[arg-type]
-    await ours._carry_out(None, None, held)  # type: ignore[arg-type]
+    await ours._carry_out(None, None, held, 0.0)  # type: ignore[arg-type]
     assert slots.free() == []
     held[0].release()
     held = slots.free()
-    await ours._carry_out(None, None, held)  # type: ignore[arg-type]
+    await ours._carry_out(None, None, held, 0.0)  # type: ignore[arg-type]
     assert len(slots.free()) == 1
 
 
