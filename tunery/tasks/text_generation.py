@@ -122,9 +122,13 @@ class Runtime:
         truths: Sequence[int],
         predictions: Sequence[int],
     ) -> dict[str, float]:
-        """`loss` in nats per token; perplexity is exp of it; token accuracy in 0..1."""
-        known = {"loss": loss, "perplexity": perplexity(loss)}
+        """`loss` as the method defines it; perplexity is exp of nats per token; accuracy in 0..1.
+
+        Without token accuracy the loss is not a likelihood (DPO's, say) and has no perplexity.
+        """
+        known = {"loss": loss}
         if "mean_token_accuracy" in sums:
+            known["perplexity"] = perplexity(loss)
             known["token_accuracy"] = sums["mean_token_accuracy"]
         return {name: known[name] for name in names if name in known}
 
