@@ -10,6 +10,7 @@ because no call ever sees two documents.
 from __future__ import annotations
 
 import inspect
+import math
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,9 @@ def _kernel(
     found = _varlen()
     assert found is not None
     varlen_attn, gqa = found
-    given: dict[str, Any] = {"scale": scaling, "window_size": ((window or 0) - 1, 0)}
+    given: dict[str, Any] = {"window_size": ((window or 0) - 1, 0)}
+    if scaling is not None and not math.isclose(scaling, query.shape[-1] ** -0.5):
+        given["scale"] = scaling
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if q.shape[1] != k.shape[1]:
         if gqa:
@@ -182,9 +185,9 @@ def _kernel(
 
 def _known(function: Any, given: dict[str, Any]) -> dict[str, Any]:
     names = inspect.signature(function).parameters
-    missing = [name for name in given if name not in names and given[name] is not None]
+    missing = [name for name in given if name not in names]
     if missing:
         raise UnsupportedCombination(
             f"this torch's varlen_attn has no {', '.join(missing)}", code="packing"
         )
-    return {name: value for name, value in given.items() if name in names}
+    return given

@@ -324,14 +324,20 @@ def test_an_unknown_failure_says_its_class_and_nothing_else(
     assert "secret" not in failed.model_dump_json()
 
 
-def test_divergence_is_a_named_failure(make_order: Any, chats: Any, tmp_path: Path) -> None:
-    config = {"learning_rate": 10.0, "max_grad_norm": 0, "max_steps": 40, "warmup_steps": 0}
-    told = Told(
-        make_order(chats(10), config=config, adapter=Use(type="full"), compute=Compute()),
-        tmp_path / "work",
-    )
-    if told.code == EXIT_FAILED:
-        assert told.events[-1].code == "non_finite_loss"
-        assert told.events[-1].step is not None
-    else:
-        assert all(value > 5 for value in list(told.series("train_loss").values())[5:])
+def test_divergence_is_a_named_failure(
+    make_order: Any, chats: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunery.training.losses import TokenLossComputer
+
+    def poisoned(self: Any, model: Any, batch: Any) -> Any:
+        losses = whole(self, model, batch)
+        losses.nll = losses.nll * float("nan")
+        return losses
+
+    whole = TokenLossComputer.__call__
+    monkeypatch.setattr(TokenLossComputer, "__call__", poisoned)
+    told = Told(make_order(chats(10)), tmp_path / "work")
+    assert told.code == EXIT_FAILED
+    failed = told.events[-1]
+    assert (failed.code, failed.category, failed.step) == ("non_finite_loss", "user_config", 1)
+    assert not told.kind("checkpoint")
