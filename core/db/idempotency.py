@@ -16,7 +16,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, func, insert, or_, select
+from sqlalchemy import delete, func, insert, select
 
 from core.db.tables import IdempotencyRow
 from tunery.errors import Conflict, Mismatch
@@ -157,18 +157,3 @@ async def remember(session: AsyncSession, attempt: Attempt, response: dict[str, 
             response=response,
         )
     )
-
-
-async def expire(session: AsyncSession) -> int:
-    """Delete what no retry can ask for any more; returns how many rows."""
-    result = await session.execute(
-        delete(IdempotencyRow)
-        .where(
-            or_(
-                ~_younger_than(KEPT_S),
-                IdempotencyRow.key.is_(None) & ~_younger_than(RETRIES_S),
-            )
-        )
-        .returning(IdempotencyRow.id)
-    )
-    return len(result.all())
