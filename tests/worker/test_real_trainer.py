@@ -101,7 +101,7 @@ async def test_a_warm_trainer_steps_soon_after_its_claim(farm: Farm, stories: st
     worker = await farm.worker(**STOCK)
     await farm.reaches(await queue(farm, stories), "succeeded", within_s=90)
     job = await queue(farm, stories)
-    await farm.steps(job, 1)
+    await farm.steps(job, 1, within_s=90)
     assert worker.text().count('"warm": true') == 2
     row = await farm.reaches(job, "succeeded", within_s=90)
     async with farm.db.session() as session:
@@ -115,7 +115,7 @@ async def test_a_warm_trainer_steps_soon_after_its_claim(farm: Farm, stories: st
 async def test_a_rank_killed_by_the_kernel_is_told_apart(farm: Farm, stories: str) -> None:
     await farm.worker(**STOCK, TUNERY_RETRY_BACKOFF_S="60")
     job = await queue(farm, stories)
-    await farm.steps(job, 3)
+    await farm.steps(job, 3, within_s=90)
     # The launcher leads the trainer's session; its rank is the one below it.
     pids = farm.trainers()
     rank = max(pids, key=lambda pid: pid != os.getsid(pid))
