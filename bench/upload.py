@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SIZE_BYTES = 10**9
-BLOCK_ROWS = 4000
+BLOCK_ROWS = 1000
 BOUNDARY = b"bench-boundary"
 FIGURES = [
     Figure(
@@ -51,8 +51,8 @@ def forget_peak(pid: int) -> None:
 
 def form(size_bytes: int) -> tuple[Iterator[bytes], int]:
     """A multipart form with a file of chat rows of about that size, and the form's exact size."""
-    block = tiny.jsonl(tiny.chats(BLOCK_ROWS))
-    count = size_bytes // len(block)
+    block = tiny.jsonl(tiny.chats(BLOCK_ROWS, turns=8))
+    count = max(1, size_bytes // len(block))
     head = (
         b'--%b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
         b'--%b\r\ncontent-disposition: form-data; name="file"; filename="big.jsonl"\r\n'
