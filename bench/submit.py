@@ -36,7 +36,7 @@ _COMMAND = "python -m bench.submit"
 FIGURES = [
     Figure(
         key=f"submit-{clients}",
-        what=f"POST of a job through HTTP, {clients} clients, against single-row durable inserts "
+        what=f"POST of a job through HTTP, clients: {clients}, against single-row durable inserts "
         "on one connection (C0)",
         subject=f"http-{clients}",
         baseline="insert",
@@ -48,7 +48,7 @@ FIGURES = [
 ] + [
     Figure(
         key=f"submit-core-{clients}",
-        what=f"the same without HTTP (`core.jobs.submission`), {clients} callers, against C0",
+        what=f"the same without HTTP (`core.jobs.submission`), callers: {clients}, against C0",
         subject=f"core-{clients}",
         baseline="insert",
         unit="per second",
