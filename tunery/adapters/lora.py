@@ -62,7 +62,7 @@ class LoraConfig(EntryConfig):
         True,
         description="How A and B start. true: A Kaiming-uniform, B zero. gaussian: A normal, B "
         "zero. orthogonal: both non-zero with BA zero, needs an even r. pissa, olora: the base's "
-        "leading directions, taken out of the base, which PEFT repeats when it loads the result and "
+        "leading directions, taken out of the base; PEFT repeats that when it loads the result, "
         "other servers do not. None of them looks at data.",
     )
     rank_pattern: dict[str, int] = Field(
