@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import FrameType
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 class StopFlag:
     """Set from a signal handler or another thread, read at step boundaries."""
@@ -29,15 +31,18 @@ class StopFlag:
         asked, self.checkpoint = self.checkpoint, False
         return asked
 
-    def install(self) -> None:
-        """Listen to SIGTERM and SIGINT (stop) and SIGUSR1 (checkpoint); main thread only."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
+    def heed(self, number: int) -> None:
+        """What a signal asks for: SIGTERM and SIGINT to stop, SIGUSR1 for a checkpoint."""
+        if number == signal.SIGUSR1:
+            self.request_checkpoint()
+        else:
             self.request_stop()
 
-        def checkpoint(number: int, frame: FrameType | None) -> None:
-            self.request_checkpoint()
+    def install(self) -> None:
+        """Listen to `SIGNALS`; main thread only."""
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGUSR1, checkpoint)
+        def listen(number: int, frame: FrameType | None) -> None:
+            self.heed(number)
+
+        for number in SIGNALS:
+            signal.signal(number, listen)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
 from tunery.errors import (
     AppError,
     BaseModelUnavailable,
@@ -74,6 +76,8 @@ def _foreign(error: BaseException) -> tuple[str, Category, str, bool, str | None
             False,
             "lower max_length or micro_batch_tokens, or switch gradient_checkpointing on",
         )
+    if _is_lost_rank(error):
+        return "worker_lost", "platform", "another rank of the run went away", True, None
     if isinstance(error, RuntimeError) and "CUDA" in str(error):
         return "cuda_error", "platform", f"the device failed ({name})", True, None
     if isinstance(error, OSError):
@@ -85,3 +89,11 @@ def _foreign(error: BaseException) -> tuple[str, Category, str, bool, str | None
         False,
         "the job's log has the traceback",
     )
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    """Whether talking to the other ranks failed; gloo says so with a bare RuntimeError."""
+    words = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

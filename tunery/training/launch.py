@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers.utils.logging import disable_progress_bar
 
 from tunery.training import program
-from tunery.training.control import StopFlag
+from tunery.training.control import SIGNALS, StopFlag
 from tunery.training.protocol import EXIT_FAILED, EXIT_STOPPED, FailureEvent, RunOrder, read_event
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 RENDEZVOUS = "TUNERY_RENDEZVOUS"
 """Environment: host:port where the hosts of a run meet; unset on a single host."""
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_HEARD: list[int] = []
+"""Signals of this run so far: ranks that are forked later find them here."""
 
 
 def launch(workdir: Path, events_fd: int) -> int:
@@ -40,6 +42,7 @@ def launch(workdir: Path, events_fd: int) -> int:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     order = RunOrder.model_validate_json((workdir / "run.json").read_bytes())
     for left in workdir.glob("failure-rank*.json"):
         left.unlink()
@@ -78,6 +81,8 @@ def _rank(workdir: str, events_fd: int) -> int:
     """
     stop = StopFlag()
     stop.install()
+    for number in _HEARD:
+        stop.heed(number)
     _use_threads()
     folder = Path(workdir)
     order = RunOrder.model_validate_json((folder / "run.json").read_bytes())
@@ -131,9 +136,11 @@ def _forward_signals() -> None:
     """What the supervisor tells this process, it tells the ranks."""
 
     def forward(number: int, frame: FrameType | None) -> None:
+        _HEARD.append(number)
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 os.kill(child.pid, number)
 
-    for number in _FORWARDED:
+    _HEARD.clear()
+    for number in SIGNALS:
         signal.signal(number, forward)

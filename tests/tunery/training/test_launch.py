@@ -151,6 +151,39 @@ def test_sigterm_to_the_whole_group_stops_once(make_order: Any, chats: Any, star
     assert len(process.kind("checkpoint")) == 1
 
 
+def test_a_stop_that_comes_before_the_ranks_is_not_lost(
+    make_order: Any, chats: Any, start: Any
+) -> None:
+    process = start(make_order(chats(10), config=LONG))
+    process.until(lambda event: event.kind == "phase")
+    process.process.send_signal(signal.SIGTERM)
+    assert process.ended() == EXIT_STOPPED, process.log.read_text()
+    assert process.kind("checkpoint")[-1].step == 1
+
+
+def test_ranks_heed_what_their_launcher_had_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunery.training import launch, program
+
+    heard: list[tuple[bool, bool]] = []
+
+    def run(order: Any, folder: Any, emit: Any, stop: Any) -> int:
+        heard.append((stop.stop, stop.checkpoint))
+        return EXIT_DONE
+
+    monkeypatch.setattr(program, "run", run)
+    monkeypatch.setattr(launch.RunOrder, "model_validate_json", lambda text: None)
+    monkeypatch.setattr(launch, "_HEARD", [signal.SIGUSR1, signal.SIGTERM])
+    monkeypatch.setattr(launch.Path, "read_bytes", lambda path: b"")
+    monkeypatch.setenv("RANK", "0")
+    before = {number: signal.getsignal(number) for number in launch.SIGNALS}
+    try:
+        assert launch._rank("/nowhere", 1) == EXIT_DONE
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == [(True, True)]
+
+
 def test_sigusr1_writes_a_checkpoint_and_goes_on(make_order: Any, chats: Any, start: Any) -> None:
     process = start(make_order(chats(10), config=LONG))
     process.until(at_step(2))
@@ -175,7 +208,9 @@ def test_a_failure_is_said_once_and_ends_all_ranks(
     assert failed.code == "base_model_unavailable"
 
 
-def test_a_killed_rank_ends_the_run_without_a_word(make_order: Any, chats: Any, start: Any) -> None:
+def test_a_killed_rank_ends_the_run_and_the_run_may_be_tried_again(
+    make_order: Any, chats: Any, start: Any
+) -> None:
     import psutil
 
     process = start(
@@ -190,7 +225,11 @@ def test_a_killed_rank_ends_the_run_without_a_word(make_order: Any, chats: Any, 
     ranks = psutil.Process(process.process.pid).children()
     victim = max(ranks, key=lambda child: child.pid)
     victim.kill()
-    assert process.ended() == EXIT_FAILED
+    # Either the launcher sees the death first, or the other rank its silence.
+    code = process.ended()
+    assert code == (EXIT_FAILED if process.kind("failure") else 128 + signal.SIGKILL)
+    for failed in process.kind("failure"):
+        assert (failed.code, failed.retryable) == ("worker_lost", True)
     assert not any(rank.is_running() and rank.status() != "zombie" for rank in ranks)
 
 
