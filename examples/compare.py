@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows whose answers are shown")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore")  # of the libraries, about each other
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     found = compare(options.base, options.adapter, options.data, options.rows)
