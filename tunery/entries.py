@@ -89,6 +89,8 @@ class Adapter(Entry, Protocol):
     tasks: ClassVar[frozenset[str] | None]
     """Tasks it works with; None means all."""
     methods: ClassVar[frozenset[str] | None]
+    strategies: ClassVar[frozenset[str] | None]
+    """Ways for ranks to cooperate (`ext.compute.strategy`) that it works under; None means all."""
     default_learning_rate: ClassVar[float]
     """Used when the request says "auto" or nothing."""
     mergeable: ClassVar[bool]

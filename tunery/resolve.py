@@ -101,6 +101,8 @@ def resolve(
     _check_fit(request, method, task, adapter, training, validation, read_as)
     settings = _Settings(request, method, adapter, training, shape, devices or DeviceFacts())
     config, multiplier = settings.resolve(story)
+    compute = _compute(request, devices, story)
+    _check_strategy(request, adapter, compute)
     steps = total_steps(config, training.rows)
     spec = TrainingSpec(
         model=BaseModelRef(name=request.model, revision=revision),
@@ -110,7 +112,7 @@ def resolve(
         transforms=transforms,
         data=_data(training, validation, story),
         seed=request.seed if request.seed is not None else seed,
-        compute=_compute(request, devices, story),
+        compute=compute,
         evaluation=_evaluation(request, task, validation, story),
         checkpoints=_checkpoints(request, steps, story),
         limits=Limits(max_runtime_s=request.ext.limits.max_runtime_s),
@@ -363,6 +365,12 @@ def _transforms(
 
 def _data(training: DataFile, validation: DataFile | None, story: _Story) -> Data:
     """Both files, their labels numbered together: in number order where all are numbers."""
+    if validation is not None and validation.sha256 == training.sha256:
+        story.warn(
+            "train_valid_overlap",
+            "validation_file",
+            "the validation file is the training file: its loss will say nothing of unseen rows",
+        )
     if training.labels is None:
         return Data(training=training, validation=validation)
     held_out = set((validation.labels if validation else None) or ())
@@ -411,6 +419,22 @@ def _compute(request: JobRequest, devices: DeviceFacts | None, story: _Story) ->
         gradient_checkpointing=asked.gradient_checkpointing,
         micro_batch_tokens=budget,
     )
+
+
+def _check_strategy(request: JobRequest, adapter: Adapter, compute: Compute) -> None:
+    path = "ext.compute.strategy"
+    if adapter.strategies is not None and compute.strategy not in adapter.strategies:
+        raise UnsupportedCombination(
+            f"adapter {adapter.name!r} does not train under {compute.strategy!r}",
+            hint=f"it trains under {_listed(adapter.strategies)}",
+            param=path,
+        )
+    if compute.strategy == "deepspeed_zero0" and compute.precision == "bf16":
+        raise UnsupportedCombination(
+            "deepspeed_zero0 keeps no float32 weights beside bfloat16 ones",
+            hint="ddp does the same with them; or set ext.compute.precision to fp32",
+            param=path,
+        )
 
 
 def _evaluation(

@@ -28,10 +28,15 @@ SHAPE = ModelShape(
 )
 
 
-def data(format: Any = "chat", rows: int = 100, labels: tuple[str, ...] | None = None) -> DataFile:
+def data(
+    format: Any = "chat",
+    rows: int = 100,
+    labels: tuple[str, ...] | None = None,
+    sha256: str = "0" * 64,
+) -> DataFile:
     return DataFile(
         file_id="file-train",
-        sha256="0" * 64,
+        sha256=sha256,
         format=format,
         rows=rows,
         size_bytes=rows * 400,
@@ -176,6 +181,19 @@ def test_a_last_smaller_batch_is_a_step() -> None:
             "unsupported_combination",
         ),
         (
+            {
+                "method": {"type": "supervised", "supervised": {"adapter": {"type": "prompt"}}},
+                "ext": {"compute": {"gpus": 2, "strategy": "deepspeed_zero3"}},
+            },
+            "ext.compute.strategy",
+            "unsupported_combination",
+        ),
+        (
+            {"ext": {"compute": {"strategy": "deepspeed_zero0", "precision": "bf16"}}},
+            "ext.compute.strategy",
+            "unsupported_combination",
+        ),
+        (
             {"ext": {"evaluation": {"every_steps": 5}}},
             "ext.evaluation.every_steps",
             "unsupported_combination",
@@ -213,12 +231,17 @@ def test_precision_follows_the_device() -> None:
 def test_labels_of_both_files_are_numbered_together() -> None:
     found = resolved(
         training=data("classification", labels=("a", "c")),
-        validation=data("classification", labels=("b", "c")),
+        validation=data("classification", labels=("b", "c"), sha256="1" * 64),
     )
 
     assert found.spec.data.validation is not None
     assert found.spec.data.validation.labels == ("a", "b", "c")
     assert [warning["code"] for warning in found.warnings] == ["unseen_labels"]
+
+
+def test_validating_on_the_training_file_is_warned_about() -> None:
+    assert [w["code"] for w in resolved(validation=data()).warnings] == ["train_valid_overlap"]
+    assert resolved(validation=data(sha256="1" * 64)).warnings == []
 
 
 def test_few_rows_are_trained_on_with_a_warning() -> None:

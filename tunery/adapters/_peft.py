@@ -28,6 +28,9 @@ _EMBEDDINGS = frozenset(
 )
 """Modules of vocabulary times hidden size that may be trained in full beside the adapter."""
 
+UNDIVIDED = frozenset({"single", "ddp", "deepspeed_zero0", "deepspeed_zero2"})
+"""Strategies under which a soft prompt or prefix, which belongs to no module, stays whole."""
+
 
 def head_parameters(shape: ModelShape) -> int:
     """Scalars of the classification head, which always trains; 0 where there is none."""

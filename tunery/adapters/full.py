@@ -27,6 +27,7 @@ class Full:
     example: ClassVar[Mapping[str, Any]] = {"type": "full"}
     tasks: ClassVar[frozenset[str] | None] = None
     methods: ClassVar[frozenset[str] | None] = None
+    strategies: ClassVar[frozenset[str] | None] = None
     default_learning_rate: ClassVar[float] = 2e-5
     mergeable: ClassVar[bool] = False
 

@@ -62,6 +62,7 @@ class Ia3:
     example: ClassVar[Mapping[str, Any]] = {"type": "ia3"}
     tasks: ClassVar[frozenset[str] | None] = None
     methods: ClassVar[frozenset[str] | None] = None
+    strategies: ClassVar[frozenset[str] | None] = None
     default_learning_rate: ClassVar[float] = 3e-3
     mergeable: ClassVar[bool] = True
 

@@ -113,6 +113,7 @@ class Lora:
     }
     tasks: ClassVar[frozenset[str] | None] = None
     methods: ClassVar[frozenset[str] | None] = None
+    strategies: ClassVar[frozenset[str] | None] = None
     default_learning_rate: ClassVar[float] = 2e-4
     mergeable: ClassVar[bool] = True
 

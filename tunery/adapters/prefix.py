@@ -51,6 +51,7 @@ class Prefix:
     example: ClassVar[Mapping[str, Any]] = {"type": "prefix", "num_virtual_tokens": 20}
     tasks: ClassVar[frozenset[str] | None] = frozenset({"text-generation"})
     methods: ClassVar[frozenset[str] | None] = None
+    strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
     default_learning_rate: ClassVar[float] = 1e-2
     mergeable: ClassVar[bool] = False
 

@@ -52,6 +52,7 @@ class Prompt:
     example: ClassVar[Mapping[str, Any]] = {"type": "prompt", "num_virtual_tokens": 20}
     tasks: ClassVar[frozenset[str] | None] = None
     methods: ClassVar[frozenset[str] | None] = None
+    strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
     default_learning_rate: ClassVar[float] = 3e-2
     mergeable: ClassVar[bool] = False
 
