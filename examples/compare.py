@@ -1,6 +1,6 @@
 """Loads a downloaded adapter with PEFT alone, and shows what it changed.
 
-    python examples/compare.py BASE_FOLDER ADAPTER_FOLDER VALIDATION_JSONL [--rows 4] [--json FILE]
+    python examples/compare.py BASE_FOLDER ADAPTER_FOLDER VALIDATION_JSONL [--rows 3] [--json FILE]
 
 Nothing of Tunery is imported: what the service hands back is a PEFT adapter like any other.
 """
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--rows", type=int, default=4, help="rows whose answers are shown")
+    parser.add_argument("--rows", type=int, default=3, help="rows whose answers are shown")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")  # of the libraries, about each other
