@@ -1,6 +1,6 @@
 """Loads a downloaded adapter with PEFT alone, and shows what it changed.
 
-    python examples/compare.py BASE_FOLDER ADAPTER_FOLDER VALIDATION_JSONL [--rows 3] [--json FILE]
+    python examples/compare.py BASE_FOLDER ADAPTER_FOLDER VALIDATION_JSONL [--rows 3]
 
 Nothing of Tunery is imported: what the service hands back is a PEFT adapter like any other.
 """
@@ -68,56 +68,42 @@ def answer(model: Any, tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
 
 
-def compare(base: Path, adapter: Path, data: Path, count: int) -> dict[str, Any]:
-    """Answers and held-out loss of the base model and of the tuned one."""
+def load(base: Path, adapter: Path) -> tuple[Any, Any]:
+    """The tuned model and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-    model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-    examples = [encode(tokenizer, row) for row in rows]
-    shown = []
-    for row, (ids, begins) in list(zip(rows, examples, strict=True))[:count]:
-        with model.disable_adapter():
-            before = answer(model, tokenizer, ids[:begins])
-        shown.append(
-            {
-                "message": row["messages"][-2]["content"],
-                "wanted": row["messages"][-1]["content"],
-                "base": before,
-                "tuned": answer(model, tokenizer, ids[:begins]),
-            }
-        )
-    with model.disable_adapter():
-        base_loss = held_out_loss(model, examples)
-    return {
-        "rows": shown,
-        "base_loss": base_loss,
-        "tuned_loss": held_out_loss(model, examples),
-    }
+    return PeftModel.from_pretrained(model, str(adapter)).eval(), tokenizer
+
+
+def show(name: str, text: str) -> None:
+    sys.stdout.write(f"  {name:<6} {' '.join(text.split())}\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("data", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", type=Path, help="folder of the base model")
+    parser.add_argument("adapter", type=Path, help="folder of the adapter")
+    parser.add_argument("data", type=Path, help="held-out rows, chat JSONL")
     parser.add_argument("--rows", type=int, default=3, help="rows whose answers are shown")
-    parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")  # of the libraries, about each other
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found = compare(options.base, options.adapter, options.data, options.rows)
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
-    for row in found["rows"]:
-        lines = [f"message  {row['message']}"]
-        lines += [
-            f"  {name:<6} {' '.join(row[name].split())}" for name in ("wanted", "base", "tuned")
-        ]
-        sys.stdout.write("\n".join(lines) + "\n\n")
+    model, tokenizer = load(options.base, options.adapter)
+    rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]
+    examples = [encode(tokenizer, row) for row in rows]
+    for row, (ids, begins) in list(zip(rows, examples, strict=True))[: options.rows]:
+        sys.stdout.write(f"\n{row['messages'][-2]['content']}\n")
+        show("wanted", row["messages"][-1]["content"])
+        with model.disable_adapter():
+            show("base", answer(model, tokenizer, ids[:begins]))
+        show("tuned", answer(model, tokenizer, ids[:begins]))
+    with model.disable_adapter():
+        before = held_out_loss(model, examples)
+    after = held_out_loss(model, examples)
     sys.stdout.write(
-        f"held-out loss  base {found['base_loss']:.3f}, tuned {found['tuned_loss']:.3f}\n"
+        f"\nheld-out loss over {len(rows)} rows: base {before:.3f}, tuned {after:.3f}\n\n"
     )
 
 
