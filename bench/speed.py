@@ -16,7 +16,7 @@ from bench import harness, library, tiny
 from bench.figures import Figure
 from bench.service import ServiceUnderTest
 
-STEPS = 70
+STEPS = 60
 SKIPPED = 10
 FIGURES = [
     Figure(
@@ -54,8 +54,8 @@ def alone(run: library.Run) -> float:
 
 def main(rounds: int) -> None:
     with ServiceUnderTest(worker=True) as service:
-        model = tiny.add_tiny_model(service.home / "models", "small", hidden_size=256, layers=4)
-        rows = tiny.jsonl(tiny.chats(600, turns=3))
+        model = tiny.add_tiny_model(service.home / "models", "small", hidden_size=128, layers=3)
+        rows = tiny.jsonl(tiny.chats(600, turns=2))
         training = service.home / "train.jsonl"
         training.write_bytes(rows)
         body: dict[str, object] = {
