@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import select
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.util import greenlet_spawn
 
 from tunery.errors import ServiceUnavailable
 
 __all__ = [
     "AsyncSession",
     "Database",
+    "Driver",
+    "driver_of",
 ]  # the session's type, for those who may not import SQLAlchemy
+
+Driver = psycopg.AsyncConnection[tuple[Any, ...]]
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -29,7 +36,12 @@ def _availability() -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise ServiceUnavailable("all database connections are busy") from error
-    except (OperationalError, InterfaceError) as error:
+    except (
+        OperationalError,
+        InterfaceError,
+        psycopg.OperationalError,
+        psycopg.InterfaceError,
+    ) as error:
         raise ServiceUnavailable("the database does not answer") from error
     except DBAPIError as error:
         if not error.connection_invalidated:
@@ -123,6 +135,28 @@ class Database:
             async with self._sessions.begin() as session:
                 yield session
 
+    @asynccontextmanager
+    async def direct(self) -> AsyncIterator[Driver]:
+        """One transaction on a bare psycopg connection of the same pool.
+
+        For the few paths where putting statements together would cost more than running them.
+        Committed on success, rolled back when the block raises.
+
+        Raises:
+            ServiceUnavailable: as for `begin`.
+        """
+        with _availability():
+            borrowed = await self._engine.raw_connection()
+            connection: Driver = borrowed.driver_connection  # type: ignore[assignment]
+            try:
+                yield connection
+                await connection.commit()
+            except BaseException:
+                # Whoever is cancelled twice must not leave without giving it back.
+                await asyncio.shield(greenlet_spawn(borrowed.close))
+                raise
+            await greenlet_spawn(borrowed.close)
+
     async def ping(self) -> None:
         """Ask for an answer.
 
@@ -135,3 +169,10 @@ class Database:
     async def close(self) -> None:
         """Close every connection of the pool."""
         await self._engine.dispose()
+
+
+async def driver_of(session: AsyncSession) -> Driver:
+    """The psycopg connection that a session works on, in the session's transaction."""
+    connection = await (await session.connection()).get_raw_connection()
+    driver: Driver = connection.driver_connection  # type: ignore[assignment]
+    return driver

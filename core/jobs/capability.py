@@ -13,7 +13,7 @@ from tunery.resolve import DeviceFacts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from core.db.engine import AsyncSession
+    from core.db.engine import Database
     from tunery.models import ModelInfo, ModelStore
     from tunery.spec import Compute
 
@@ -72,25 +72,28 @@ class Fleet:
         self._workers: list[Worker] = []
         self._seen_at = float("-inf")
 
-    async def workers(self, session: AsyncSession) -> list[Worker]:
-        if time.monotonic() - self._seen_at > REFRESH_S:
-            self._workers = await submissions.live_workers(session)
-            self._seen_at = time.monotonic()
-        return self._workers
+    async def refresh(self, db: Database) -> None:
+        """Look again if it is time. To be called before the fleet is asked anything.
 
-    async def devices(self, session: AsyncSession, queue: str) -> DeviceFacts | None:
+        Raises:
+            ServiceUnavailable: Postgres is away.
+        """
+        if time.monotonic() - self._seen_at > REFRESH_S:
+            async with db.read() as session:
+                self._workers = await submissions.live_workers(session)
+            self._seen_at = time.monotonic()
+
+    def devices(self, queue: str) -> DeviceFacts | None:
         """The best device that serves a queue; None when no worker is there to ask."""
         kinds = [
             _facts(device)
-            for queues, devices in await self.workers(session)
+            for queues, devices in self._workers
             if queue in queues
             for device in devices
         ]
         return max(kinds, key=lambda facts: facts.memory_bytes or 0, default=None)
 
-    async def check(
-        self, session: AsyncSession, compute: Compute, queue: str, queues: Sequence[str]
-    ) -> None:
+    def check(self, compute: Compute, queue: str, queues: Sequence[str]) -> None:
         """Refuse what no worker could ever start. Without workers everything may wait.
 
         Args:
@@ -99,7 +102,7 @@ class Fleet:
         Raises:
             UnsupportedCombination: more hosts or devices than a worker has, or an unknown queue.
         """
-        served = {name for names, _ in await self.workers(session) for name in names}
+        served = {name for names, _ in self._workers for name in names}
         if queue not in served.union(queues):
             known = sorted(served.union(queues))
             raise UnsupportedCombination(
@@ -113,11 +116,7 @@ class Fleet:
                 hint="raise ext.compute.gpus instead",
                 param="ext.compute.nodes",
             )
-        sizes = [
-            max(len(devices), 1)
-            for queues, devices in await self.workers(session)
-            if queue in queues
-        ]
+        sizes = [max(len(devices), 1) for names, devices in self._workers if queue in names]
         if sizes and compute.gpus > max(sizes):
             raise UnsupportedCombination(
                 f"ext.compute.gpus: {compute.gpus} devices are asked for and the largest worker of "

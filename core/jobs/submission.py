@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from core.db import events, idempotency, submissions, views
+from core.db import idempotency, submissions, views
+from core.db.engine import driver_of
 from core.ids import JOB, new_id
 from core.jobs.naming import PREFIX, model_name
 from core.jobs.view import job_object
@@ -30,8 +32,11 @@ from tunery.resolve import Resolved, resolve
 from tunery.spec import DataFile
 
 if TYPE_CHECKING:
-    from core.db.engine import AsyncSession, Database
+    from contextlib import AbstractAsyncContextManager
+
+    from core.db.engine import AsyncSession, Database, Driver
     from core.db.idempotency import Attempt
+    from core.db.views import JobView
     from core.jobs.capability import BaseModels, Fleet
     from core.projects.keys import Principal
     from core.settings import Settings
@@ -61,13 +66,30 @@ class Submitter:
             QuotaExceeded: the project has too many open jobs.
         """
         request = parse_request(body)
-        made = await self._try(caller, body, request, attempt, exactly=False)
+        await self.fleet.refresh(self.db)
+        if attempt.first() and not _continues(request):
+            made = await self._first(caller, body, request, attempt)
+        else:
+            made = await self._try(caller, body, request, attempt, exactly=False)
         if made is None:
-            # They would queue in Postgres anyway; here they do so without a connection each.
-            async with self._counting.setdefault(caller.project_id, asyncio.Lock()):
-                made = await self._try(caller, body, request, attempt, exactly=True)
+            made = await self._try(caller, body, request, attempt, exactly=True)
         assert made is not None, "an exact count decides"
         return made
+
+    async def _first(
+        self, caller: Principal, body: dict[str, Any], request: JobRequest, attempt: Attempt
+    ) -> tuple[dict[str, Any], bool] | None:
+        """The common case, which has nothing to look up but files: a select and an insert.
+
+        None: the quota is too near to be judged from a glance.
+        """
+        async with self.db.direct() as driver:
+            # A retry of this waits until it is over.
+            plan = await self._plan(driver, caller, request, request, attempt.lock)
+            if not self._has_room(caller, plan, exactly=False):
+                return None
+            view = await self._insert(driver, caller, body, plan, attempt)
+        return job_object(view, caller.project), False
 
     async def _try(
         self,
@@ -78,26 +100,34 @@ class Submitter:
         *,
         exactly: bool,
     ) -> tuple[dict[str, Any], bool] | None:
-        """One transaction. None: the quota is too near to be judged from a glance.
+        """Any case, in one transaction. None: as for `_first`, unless `exactly`.
 
         Counting exactly begins with the project's lock and ends with the transaction. It cannot be
         taken later: two who share it and both want it alone would wait for each other.
         """
-        async with self.db.begin() as session:
+        async with self._turn(caller, exactly), self.db.begin() as session:
+            driver = await driver_of(session)
             if exactly:
-                await submissions.lock_quota(session, caller.project_id)
+                await submissions.lock_quota(driver, caller.project_id)
             told = await idempotency.answered(session, attempt)
             if told is not None:
                 return await self._told_again(session, caller, attempt, told), True
-            # A retry of this waits until it is over.
             lock = attempt.lock if attempt.first() else None
-            plan = await self._plan(session, caller, request, lock)
+            effective = await self._warm_start(session, caller, request)
+            plan = await self._plan(driver, caller, request, effective, lock)
             if not self._has_room(caller, plan, exactly=exactly):
                 return None
-            shown = await self._insert(session, caller, body, plan, attempt)
+            view = await self._insert(driver, caller, body, plan, attempt)
+            shown = job_object(view, caller.project)
             if attempt.key is not None:
                 await idempotency.remember(session, attempt, shown)
         return shown, False
+
+    def _turn(self, caller: Principal, exactly: bool) -> AbstractAsyncContextManager[None]:
+        """They would queue in Postgres anyway; here they do so without a connection each."""
+        if not exactly:
+            return nullcontext()
+        return self._counting.setdefault(caller.project_id, asyncio.Lock())
 
     async def rehearse(self, caller: Principal, body: Any) -> dict[str, Any]:
         """What `submit` would say, with nothing stored.
@@ -107,8 +137,10 @@ class Submitter:
         """
         try:
             request = parse_request(body)
+            await self.fleet.refresh(self.db)
             async with self.db.begin() as session:
-                plan = await self._plan(session, caller, request)
+                effective = await self._warm_start(session, caller, request)
+                plan = await self._plan(await driver_of(session), caller, request, effective)
                 self._has_room(caller, plan, exactly=True)
         except AppError as error:
             if error.retryable:
@@ -116,7 +148,7 @@ class Submitter:
             return _rehearsal(problems=error.problems or [_problem(error)])
         found = plan.resolved
         return _rehearsal(
-            resolved=_stored(found) | {"spec": found.spec.model_dump(mode="json")},
+            resolved=_stored(found.as_json(), found),
             warnings=[*found.warnings, *_ignored(request)],
             estimate=found.estimate,
         )
@@ -132,20 +164,16 @@ class Submitter:
 
     async def _plan(
         self,
-        session: AsyncSession,
+        driver: Driver,
         caller: Principal,
+        asked: JobRequest,
         request: JobRequest,
         lock: int | None = None,
     ) -> _Plan:
+        """What `asked` comes to; `request` is it with an earlier export's settings filled in."""
         named = [name for name in (request.training_file, request.validation_file) if name]
-        found = await submissions.references(session, caller.project_id, named, lock)
-        training = _usable(found, request.training_file, "training_file")
-        validation = (
-            _usable(found, request.validation_file, "validation_file")
-            if request.validation_file
-            else None
-        )
-        asked, request = request, await self._warm_start(session, caller, request)
+        found = await submissions.references(driver, caller.project_id, named, lock)
+        training, validation = _usable_files(found, request)
         info = self.models.find(request.model)
         queue = request.ext.queue
         resolved = resolve(
@@ -155,20 +183,20 @@ class Submitter:
             shape=None if info is None else info.shape,
             revision=None if info is None else info.revision,
             seed=secrets.randbelow(2**31),
-            devices=await self.fleet.devices(session, queue),
+            devices=self.fleet.devices(queue),
         )
         queues = [name.strip() for name in self.settings.queues.split(",")]
-        await self.fleet.check(session, resolved.spec.compute, queue, queues)
+        self.fleet.check(resolved.spec.compute, queue, queues)
         return _Plan(asked, resolved, training, validation, found.open_jobs, found.counted_freely)
 
     async def _warm_start(
         self, session: AsyncSession, caller: Principal, request: JobRequest
     ) -> JobRequest:
         """Where an earlier export is named, as `model` or to start from: its base and adapter."""
+        if not _continues(request):
+            return request
         start = request.ext.init_from
         as_model = request.model.startswith(PREFIX)
-        if not as_model and start is None:
-            return request
         if as_model and start is not None:
             raise InvalidConfig(
                 "model names a fine-tuned model and ext.init_from another start: give one of them",
@@ -230,17 +258,19 @@ class Submitter:
 
     async def _insert(
         self,
-        session: AsyncSession,
+        driver: Driver,
         caller: Principal,
         body: dict[str, Any],
         plan: _Plan,
         attempt: Attempt,
-    ) -> dict[str, Any]:
-        request, spec = plan.request, plan.resolved.spec
+    ) -> JobView:
+        request, resolved = plan.request, plan.resolved
+        spec = resolved.spec
         public_id = new_id(JOB)
         name = model_name(spec.model.name, caller.project_name, request.suffix, public_id)
+        told = resolved.as_json()
         view = await submissions.insert_job(
-            session,
+            driver,
             attempt=attempt if attempt.key is None else None,
             training_file=plan.training.public_id,
             validation_file=None if plan.validation is None else plan.validation.public_id,
@@ -253,8 +283,8 @@ class Submitter:
             training_file_id=plan.training.id,
             validation_file_id=None if plan.validation is None else plan.validation.id,
             request=body,
-            spec=spec.model_dump(mode="json"),
-            resolved={**_stored(plan.resolved), "fine_tuned_model": name},
+            spec=told.pop("spec"),
+            resolved={**_stored(told, resolved), "fine_tuned_model": name},
             metadata=request.metadata,
             integrations=request.integrations,
             max_errors=request.ext.attempts - 1,
@@ -264,17 +294,13 @@ class Submitter:
             hold=request.ext.start == "manual",
             total_steps=plan.total_steps,
         )
-        for warning in [*plan.resolved.warnings, *_ignored(request)]:
-            await events.append(
-                session,
-                view.id,
-                attempt=0,
-                kind="warning",
-                level="warn",
-                message=warning["message"],
-                data={"code": warning["code"], "param": warning["path"]},
-            )
-        return job_object(view, caller.project)
+        if view is None:
+            named = [file.public_id for file in (plan.training, plan.validation) if file]
+            _usable_files(await submissions.references(driver, caller.project_id, named), request)
+            raise AssertionError("a file that is gone does not come back")
+        if warnings := [*resolved.warnings, *_ignored(request)]:
+            await submissions.warn(driver, view.id, warnings)
+        return view
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +317,20 @@ class _Plan:
     @property
     def total_steps(self) -> int:
         return int(self.resolved.estimate["steps"])
+
+
+def _continues(request: JobRequest) -> bool:
+    """Whether it starts from an earlier export."""
+    return request.ext.init_from is not None or request.model.startswith(PREFIX)
+
+
+def _usable_files(
+    found: submissions.References, request: JobRequest
+) -> tuple[submissions.File, submissions.File | None]:
+    """The training and validation file, each fit to be trained on; raises as `_usable` does."""
+    training = _usable(found, request.training_file, "training_file")
+    held_out = request.validation_file
+    return training, _usable(found, held_out, "validation_file") if held_out else None
 
 
 def _usable(found: submissions.References, name: str, param: str) -> submissions.File:
@@ -344,9 +384,8 @@ def _data_file(file: submissions.File) -> DataFile:
     )
 
 
-def _stored(resolved: Resolved) -> dict[str, Any]:
-    """`ext.resolved` but for the spec, which has a column of its own."""
-    told = {key: value for key, value in resolved.as_json().items() if key != "spec"}
+def _stored(told: dict[str, Any], resolved: Resolved) -> dict[str, Any]:
+    """`ext.resolved`, of what `Resolved.as_json` tells; the spec has a column of its own."""
     return {
         **told,
         "hyperparameters": resolved.hyperparameters,
