@@ -281,6 +281,6 @@ class AsyncFiles:
     async def get(self, file_id: str) -> File:
         return await self._client.send(calls.get_file(file_id))
 
-    async def validation(self, file_id: str) -> Mapping[str, Any]:
-        """What was found in it: format, rows, problems."""
+    async def validation(self, file_id: str) -> Mapping[str, Any] | None:
+        """What was found in it: format, rows, problems; None where its purpose asks for none."""
         return await self._client.send(calls.file_validation(file_id))

@@ -69,11 +69,11 @@ def metrics(job_id: str, keys: Sequence[str] | None, resolution: int | None) -> 
 
 
 def _metrics(answer: Any) -> Metrics:
-    """From `{key: [[step, value, ...], ...]}`."""
+    """From columns: `{key: {"steps": [...], "values": [...], ...}}`."""
     return Metrics(
         points={
-            key: [(point[0], point[1]) for point in points]
-            for key, points in answer["data"].items()
+            key: list(zip(columns["steps"], columns["values"], strict=True))
+            for key, columns in answer["data"].items()
         }
     )
 
@@ -107,8 +107,12 @@ def list_files(after: str | None) -> Call[dict[str, Any]]:
     return Call("GET", "/v1/files", _as_is, params=given(after=after, limit=PAGE))
 
 
-def file_validation(file_id: str) -> Call[dict[str, Any]]:
-    return Call("GET", f"/v1/files/{_part(file_id)}/validation", _as_is)
+def file_validation(file_id: str) -> Call[dict[str, Any] | None]:
+    def parse(answer: Any) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = answer["validation"]
+        return found
+
+    return Call("GET", f"/v1/files/{_part(file_id)}/validation", parse)
 
 
 def delete_file(file_id: str) -> Call[dict[str, Any]]:

@@ -355,8 +355,8 @@ class Files:
     def list(self) -> Iterator[File]:
         return map(File.model_validate, self._client.pages(calls.list_files))
 
-    def validation(self, file_id: str) -> Mapping[str, Any]:
-        """What was found in it: format, rows, problems."""
+    def validation(self, file_id: str) -> Mapping[str, Any] | None:
+        """What was found in it: format, rows, problems; None where its purpose asks for none."""
         return self._client.send(calls.file_validation(file_id))
 
     def delete(self, file_id: str) -> None:
