@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunery.cli import output
 from tunery.cli.exits import Exit
-from tunery.cli.local_data import describe, report_of, suffix_of
+from tunery.cli.local_data import describe, held_out_report, report_of, suffix_of
 from tunery.cli.output import AsJson
+
+if TYPE_CHECKING:
+    from tunery.data.validate import Report
 
 app = typer.Typer(no_args_is_help=True, help="Check and preview data files on this machine.")
 
@@ -19,11 +22,27 @@ DataPath = Annotated[Path, typer.Argument(metavar="FILE", help="jsonl, jsonl.gz,
 
 
 @app.command()
-def check(path: DataPath, as_json: AsJson = False) -> None:
+def check(
+    path: DataPath,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Held-out data: its rows that FILE has too are named."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check a file as the service does at upload. Exit code 3 when it cannot be trained on."""
-    report = report_of(path)
+    reports = [(path, report_of(path))]
+    if validation is not None:
+        reports.append((validation, held_out_report(validation, *reports[0])))
+    for about, report in reports:
+        _show(about, report, as_json)
+    if not all(report.valid for _, report in reports):
+        raise typer.Exit(Exit.REFUSED)
+
+
+def _show(path: Path, report: Report, as_json: bool) -> None:
     if as_json:
-        output.emit_json(report.as_json())
+        output.emit_json({"file": str(path), **report.as_json()})
     else:
         output.record(
             {
@@ -40,8 +59,6 @@ def check(path: DataPath, as_json: AsJson = False) -> None:
             path_ = f"{problem['path']}: " if problem.get("path") else ""
             severity = problem.get("severity") or "error"
             output.emit(f"{severity}\t{where}{path_}{problem['message']}\t{problem['code']}")
-    if not report.valid:
-        raise typer.Exit(Exit.REFUSED)
 
 
 @app.command()

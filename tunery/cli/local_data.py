@@ -45,6 +45,27 @@ def report_of(path: Path) -> Report:
     return validate(path, suffix_of(path))
 
 
+def held_out_report(path: Path, training: Path, trained: Report) -> Report:
+    """What is found in a validation file, rows of the training file among its problems.
+
+    Raises:
+        InvalidData: as `report_of`.
+    """
+    from tunery.data.read import read_rows
+    from tunery.data.validate import PROBLEMS_SHOWN, overlap
+
+    report = report_of(path)
+    if trained.valid and report.valid and report.format == trained.format is not None:
+        found = overlap(
+            read_rows(training, suffix_of(training), report.format),
+            read_rows(path, suffix_of(path), report.format),
+            report.format,
+        )
+        report.problems = [*report.problems, *found.problems][:PROBLEMS_SHOWN]
+        report.problem_counts |= found.problem_counts
+    return report
+
+
 def describe(path: Path) -> DataFile:
     """The file as a spec names it.
 

@@ -34,6 +34,7 @@ LABELS_LIMIT = 10_000
 MEMORY_LIMIT_BYTES = 8 << 30
 """Of addresses, of which a decoder reserves more than it touches."""
 CPU_LIMIT_S = 1800
+OVERLAP = "train_valid_overlap"
 LINE_SUFFIXES = frozenset({".jsonl", ".jsonl.gz"})
 
 
@@ -313,9 +314,8 @@ def overlap(
 ) -> Report:
     """Which validation rows are trained on: they measure memory, not learning.
 
-    Takes (line, normal row), as `read.read_rows` yields them. Each problem is a warning,
-    `train_valid_overlap`, at a line of the validation file. Exact for up to half a
-    million training rows.
+    Takes (line, normal row), as `read.read_rows` yields them. Each problem is a warning, `OVERLAP`,
+    at a line of the validation file. Exact for up to half a million training rows.
     """
     form = formats.FORMATS[format]
     trained = Digests()
@@ -327,7 +327,7 @@ def overlap(
         if twin is not None:
             tally.note(
                 line,
-                "train_valid_overlap",
+                OVERLAP,
                 f"the same as line {twin} of the training file",
                 severity="warning",
             )

@@ -244,6 +244,29 @@ def test_gradient_checkpointing_changes_no_loss(
     assert again.kind("start")[0].features["gradient_checkpointing"] is True
 
 
+def test_validation_rows_that_are_trained_on_are_counted_once(
+    make_order: Any, chats: Any, tmp_path: Path
+) -> None:
+    def pair(word: str) -> dict[str, Any]:
+        turns = (("user", word), ("assistant", "yes"))
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    rows = [pair(f"number {i}") for i in range(8)]
+    order = make_order(
+        rows, [rows[5], pair("new"), {**rows[2], "tools": None}], config={"max_steps": 2}
+    )
+    told = Told(order, tmp_path / "first", stop_after=1)
+    (warning,) = [w for w in told.kind("warning") if w.code == "train_valid_overlap"]
+    assert warning.data["rows"] == 2
+    assert warning.data["first_lines"] == [1, 3]
+    assert "2 of 3 validation rows" in warning.message
+    again = Told(resumed(order, told), tmp_path / "second")
+    assert again.code == EXIT_DONE
+    assert again.kind("warning") == []
+    apart = Told(make_order(rows, [pair("new")], config={"max_steps": 1}), tmp_path / "apart")
+    assert [w for w in apart.kind("warning") if w.code == "train_valid_overlap"] == []
+
+
 def test_tokens_are_cached_and_found_again(make_order: Any, chats: Any, tmp_path: Path) -> None:
     kept = {"cache_dir": str(tmp_path / "cache")}
     order = make_order(chats(10), config={"max_steps": 2}, order=kept)
