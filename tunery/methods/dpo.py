@@ -10,6 +10,7 @@ is the untrained model: the adapter switched off, or remembered from before the 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -18,7 +19,7 @@ from tunery.entries import Hyperparameters, Method
 from tunery.errors import InvalidConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -186,19 +187,33 @@ class _Preference:
         return self._ask_reference(model, batch)
 
     def _ask_reference(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(E, 2) from the untrained model, without graph."""
+        """(E, 2) from the untrained model, without graph and without dropout."""
         from contextlib import nullcontext
 
         import torch
 
         untrained = self._run.reference or nullcontext
-        with torch.no_grad(), untrained():
+        drops = model.training and not self._config.disable_dropout
+        with torch.no_grad(), untrained(), _evaluating(model) if drops else nullcontext():
             return self._scores(model, batch)
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 def _no_dropout(model: nn.Module) -> None:
+    """Dropout layers, and the rates that attention modules hand to their kernel."""
     from torch import nn
 
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)

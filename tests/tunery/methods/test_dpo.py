@@ -112,7 +112,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def policy(adapter: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+def policy(
+    adapter: str, tokenizer: PreTrainedTokenizerFast, *, attention_dropout: float = 0.0
+) -> Any:
     torch.manual_seed(3)
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -125,6 +127,7 @@ def policy(adapter: str, tokenizer: PreTrainedTokenizerFast) -> Any:
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
+            attention_dropout=attention_dropout,
         )
     )
     entry = catalogue.find("adapters", adapter)
@@ -250,3 +253,19 @@ def test_dropout_is_off_unless_asked_for(tokenizer: Any) -> None:
     assert rates() == {0.5}
     Dpo().objective(DpoConfig(), method_run(model, None)).prepare(model, [])
     assert rates() == {0.0}
+
+
+def test_the_dropout_inside_attention_is_off_too(tokenizer: Any) -> None:
+    plain = our_run(policy("lora", tokenizer), tokenizer)
+    dropping = our_run(policy("lora", tokenizer, attention_dropout=0.5), tokenizer)
+    assert [entry["loss"] for entry in dropping] == [entry["loss"] for entry in plain]
+
+
+def test_a_reference_is_scored_without_the_dropout_that_the_policy_keeps(tokenizer: Any) -> None:
+    plain = our_run(policy("lora", tokenizer), tokenizer)[0]
+    kept = our_run(
+        policy("lora", tokenizer, attention_dropout=0.5), tokenizer, disable_dropout=False
+    )[0]
+    assert kept["logps/chosen"] != pytest.approx(plain["logps/chosen"], abs=1e-3)
+    reference = kept["logps/chosen"] - kept["rewards/chosen"] / BETA
+    assert reference == pytest.approx(plain["logps/chosen"], abs=1e-3)
