@@ -19,7 +19,8 @@ from core.db import migrate
 from core.local.broker import EmbeddedBroker
 from core.local.postgres import EmbeddedPostgres
 from worker.local.parts import Program
-from worker.local.up import answers, first_key, free_port
+from worker.local.place import answers
+from worker.local.up import first_key, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

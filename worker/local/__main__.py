@@ -18,11 +18,12 @@ import structlog
 
 from core.settings import Settings
 from tunery.errors import AppError, Conflict
-from worker.local.place import Place
-from worker.local.up import EmbeddedService, answers, stop_on_signals
+from worker.local.place import Place, answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from worker.local.up import EmbeddedService
 
 CONFLICT, UNAVAILABLE = 6, 7
 DOWN_PATIENCE_S = 90.0
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def up(settings: Settings, port: int | None, as_json: bool) -> int:
     """Run the service until Ctrl-C."""
+    # Here, because `status` and `down` should not wait for the database's libraries to load.
+    from worker.local.up import EmbeddedService, stop_on_signals
+
     service = EmbeddedService(settings, port, _say)
     stop_on_signals(service)
     try:

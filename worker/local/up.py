@@ -13,8 +13,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +27,7 @@ from core.local.process import tail
 from core.projects.keys import SCOPES, KeyRing, create_key
 from tunery.errors import ServiceUnavailable, Unauthenticated
 from worker.local.parts import Part, Program
-from worker.local.place import Place, write_private
+from worker.local.place import Place, answers, write_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -227,16 +225,6 @@ def _any_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
-
-
-def answers(url: str, timeout_s: float = 2.0) -> bool:
-    """Whether a GET of `url` is answered with 200. No proxy stands before this machine itself."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=timeout_s) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
 
 
 async def first_key(database_url: str, path: Path) -> str:

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import socket
 import stat
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tunery.errors import Conflict, ServiceUnavailable
 from worker.local.__main__ import main
-from worker.local.place import Place, write_private
-from worker.local.up import answers, free_port
+from worker.local.place import Place, answers, write_private
+from worker.local.up import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +50,16 @@ def test_status_and_down_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["status", "--json", "--home", str(tmp_path)]) == 7
     assert main(["down", "--home", str(tmp_path)]) == 0
     assert capsys.readouterr().out == '{"running": false}\n'
+
+
+def test_looking_for_a_service_loads_no_database_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from worker.local.__main__ import main\n"
+        f"assert main(['down', '--home', {str(tmp_path)!r}]) == 0\n"
+        "print(sorted({'sqlalchemy', 'psycopg', 'alembic', 'celery'} & sys.modules.keys()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
 
 
 def test_home_and_key_are_private(tmp_path: Path) -> None:
