@@ -177,6 +177,10 @@ def test_evaluation_trains_nothing_and_draws_nothing(lab: Any) -> None:
     without_loop.run()
     assert with_evaluation.series("train_loss") == without.series("train_loss")
     assert len(with_evaluation.series("valid_loss")) == 7
+    steady_loop, steady = lab.loop(lab.lora(), examples, steps=1, valid=lab.examples(5, seed=9))
+    steady_loop.run()
+    untrained = with_evaluation.series("valid_loss")[0]
+    assert untrained == pytest.approx(steady.series("valid_loss")[0], abs=1e-6)
 
 
 def refusing(objective: Any, limit: int, error: Callable[[], BaseException]) -> Any:
@@ -215,6 +219,31 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(lab: Any, erro
     assert {code for code, _ in tight.warnings} == {"micro_batch_halved"}
     assert tight_loop.state.budget <= 40
     assert len(tight.warnings) <= 3, "what was learnt about the memory was forgotten"
+
+
+def test_what_a_step_had_added_up_before_memory_ran_out_is_forgotten(lab: Any) -> None:
+    examples = lab.examples(14)
+    roomy_model, model = lab.lora(), lab.lora()
+    roomy_loop, roomy = lab.loop(roomy_model, examples, micro_batch_tokens=60)
+    roomy_loop.run()
+    inner = lab.objective(model)
+
+    class SecondCallFails:
+        units = inner.units
+        calls = 0
+
+        def loss(self, model: Any, batch: Any) -> Any:
+            self.calls += 1
+            if self.calls == 2:
+                raise torch.OutOfMemoryError("no")
+            return inner.loss(model, batch)
+
+    loop, record = lab.loop(model, examples, micro_batch_tokens=60, objective=SecondCallFails())
+    assert len(loop._plan(loop.train, loop._chosen(0))) > 1
+    loop.run()
+    assert [code for code, _ in record.warnings] == ["micro_batch_halved"]
+    assert record.series("grad_norm") == pytest.approx(roomy.series("grad_norm"), abs=1e-4)
+    assert_same(weights(model), weights(roomy_model), 1e-5)
 
 
 def test_an_example_that_does_not_fit_alone_ends_the_run(lab: Any) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunery.spec import Checkpoints, Compute, Use
 from tunery.training import program
+from tunery.training.checkpoint import restore_rng, rng_state, write_rng
 from tunery.training.control import StopFlag
 from tunery.training.protocol import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunOrder
 
@@ -46,6 +50,7 @@ def resumed(order: RunOrder, first: Told) -> RunOrder:
     return order.model_copy(update={"resume_path": str(folder / "resume"), "attempt": 2})
 
 
+CHATML = Use(type="chat_template", config={"name": "chatml"})
 DROPOUT = Use(type="lora", config={"r": 4, "lora_alpha": 8, "lora_dropout": 0.3})
 
 
@@ -275,6 +280,64 @@ def test_tokens_are_cached_and_found_again(make_order: Any, chats: Any, tmp_path
     second = Told(order, tmp_path / "second")
     assert second.code == EXIT_DONE
     assert second.series("train_loss") == first.series("train_loss")
+
+
+def test_whatever_decides_the_tokens_asks_for_tokens_of_its_own(
+    make_order: Any, chats: Any, base_model: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    rows = chats(6)
+    other = tmp_path / "other-base"
+    shutil.copytree(base_model, other)
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant: "))
+
+    def run(name: str, *args: Any, config: dict[str, Any] | None = None, **spec: Any) -> None:
+        settings = {"max_steps": 1, **(config or {})}
+        order = make_order(rows, *args, config=settings, order={"cache_dir": str(cache)}, **spec)
+        assert Told(order, tmp_path / name).code == EXIT_DONE
+
+    run("plain")
+    for count, (name, args, spec) in enumerate(
+        [
+            ("length", (), {"config": {"max_length": 40}}),
+            ("all", (), {"config": {"train_on": "all"}}),
+            ("template", (), {"transforms": (CHATML,)}),
+            ("tokenizer", (), {"base": other}),
+            ("held-out", (rows,), {}),
+        ],
+        start=2,
+    ):
+        run(name, *args, **spec)
+        assert len(list(cache.iterdir())) == count, name
+
+
+def test_transforms_reach_the_validation_rows_too(make_order: Any, tmp_path: Path) -> None:
+    """The same four rows in both files: the first step's loss is the held-out loss before it."""
+    rows = [{"text": "ab" * i, "label": "yes"} for i in range(1, 5)]
+    template = Use(
+        type="prompt_template",
+        config={"prompt": "Say {{ text }}:", "completion": " {{ label_word }}"},
+    )
+    order = make_order(
+        rows, rows, format="classification", config={"max_steps": 1}, transforms=(template,)
+    )
+    told = Told(order, tmp_path / "work")
+    assert told.code == EXIT_DONE
+    before, learnt = told.series("valid_loss")[0], told.series("train_loss")[1]
+    assert before == pytest.approx(learnt, abs=1e-5)
+
+
+def test_generators_go_on_where_the_checkpoint_left_them(tmp_path: Path) -> None:
+    def draws() -> list[float]:
+        return [random.random(), float(np.random.random()), float(torch.rand(()))]
+
+    write_rng(rng_state(), tmp_path, 0)
+    expected = draws()
+    assert draws() != expected
+    restore_rng(tmp_path, 0)
+    assert draws() == expected
+    restore_rng(tmp_path, 1)  # a rank that the checkpoint did not have
 
 
 def test_half_precision_trains_through_float32_masters(
