@@ -24,7 +24,33 @@ from core.settings import Settings
 from tunery.errors import InvalidConfig, PermissionDenied, Unauthenticated
 from tunery.models import ModelStore
 
-POKE_AFTER_S = 0.05
+
+class Bell:
+    """Sets an event soon after it is rung, and then not again for a while.
+
+    A single submission is heard almost at once; of a burst of them, a relay every `pause_s`.
+
+    Attributes:
+        heard: who waits for the bell waits for this, and clears it.
+    """
+
+    def __init__(self, soon_s: float = 0.02, pause_s: float = 0.25) -> None:
+        self.heard = asyncio.Event()
+        self._soon_s, self._pause_s = soon_s, pause_s
+        self._rung = False
+        self._not_before = float("-inf")
+
+    def ring(self) -> None:
+        if self._rung:
+            return
+        self._rung = True
+        loop = asyncio.get_running_loop()
+        loop.call_at(max(loop.time() + self._soon_s, self._not_before), self._strike)
+
+    def _strike(self) -> None:
+        self._rung = False
+        self._not_before = asyncio.get_running_loop().time() + self._pause_s
+        self.heard.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +65,10 @@ class Service:
     models: ModelStore
     submitter: Submitter
     reader: JobReader
-    poke: asyncio.Event
+    bell: Bell
+    """Rung after a commit that leaves work for the reconciler."""
     stopping: asyncio.Event
     """Set when the process is told to stop: streams end."""
-
-    def woke(self) -> None:
-        """Say, after a commit, that the reconciler has work.
-
-        It hears of it a moment later, so that a burst of submissions is one relay, not many.
-        """
-        asyncio.get_running_loop().call_later(POKE_AFTER_S, self.poke.set)
 
 
 async def service_of(request: Request) -> Service:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from api.deps import Body, JobsRead, JobsWrite, Parts, attempt_of
+from api.deps import Body, JobsRead, JobsWrite, Parts, attempt_of, json_body
 from api.pagination import limit_of, order_of, page
 from core.db import job_edits, views
 from core.db.jobs import JobRepository
@@ -38,11 +38,13 @@ def no_job(job_id: str) -> NotFound:
 
 
 @router.post("")
-async def create(caller: JobsWrite, request: Request, parts: Parts, body: Body) -> Response:
+async def create(caller: JobsWrite, request: Request) -> Response:
     """Create a job. A retry, with an `Idempotency-Key` or a retry count, gets the same job."""
+    parts: Service = request.app.state.service
+    body = await json_body(request)
     attempt = attempt_of(request, caller, CREATE, body)
     job, replayed = await parts.submitter.submit(caller, body, attempt)
-    parts.woke()
+    parts.bell.ring()
     return JSONResponse(job, headers={"idempotent-replayed": "true"} if replayed else None)
 
 
@@ -123,7 +125,7 @@ async def resume(caller: JobsWrite, parts: Parts, job_id: str, body: Body) -> Re
         jobs = JobRepository(session, caller.project_id)
         found = await jobs.resume(job_id, max_extra_errors=extra)
         response = await _shown(session, caller, job_id, found is not None)
-    parts.woke()
+    parts.bell.ring()
     return response
 
 
