@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from core.db import claims
+from core.db import claims, submissions
+from core.db.engine import driver_of
+from core.db.files import FileRepository
 from tests.api.conftest import BASE
 
 if TYPE_CHECKING:
@@ -360,3 +362,70 @@ async def test_save_now_asks_the_worker(
         orders = await claims.beat(session, claim, ttl_s=60.0)
     assert orders is not None
     assert orders.checkpoint is not None
+
+
+async def test_a_file_deleted_while_a_job_is_submitted_is_on_no_job(
+    service: Service,
+    http: httpx2.AsyncClient,
+    body: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The delete comes between the submission's look at its files and its insert."""
+    looked = submissions.references
+
+    async def look_then_lose(*args: Any, **kwargs: Any) -> submissions.References:
+        found = await looked(*args, **kwargs)
+        monkeypatch.setattr(submissions, "references", looked)
+        gone = await http.delete(f"/v1/files/{body['training_file']}")
+        assert gone.status_code == 200
+        return found
+
+    for headers in ({}, {"idempotency-key": "k"}):
+        file = await service.add_file()
+        body["training_file"] = file
+        monkeypatch.setattr(submissions, "references", look_then_lose)
+        answer = await http.post(JOBS, json=body, headers=headers)
+        assert answer.json()["error"]["code"] == "file_not_found"
+        assert answer.json()["error"]["param"] == "training_file"
+    assert (await http.get(JOBS)).json()["data"] == []
+
+
+async def test_a_delete_under_way_is_waited_for(
+    service: Service, http: httpx2.AsyncClient, body: dict[str, Any]
+) -> None:
+    """Neither the file nor the job wins by luck: who locks the file first does."""
+    project = await service.project()
+    async with service.db.begin() as session:
+        assert await FileRepository(session, project.id).delete(body["training_file"]) is not None
+        submitting = asyncio.create_task(http.post(JOBS, json=body))
+        await asyncio.sleep(0.3)
+        assert not submitting.done(), "the insert waits for the delete"
+    assert (await submitting).json()["error"]["code"] == "file_not_found"
+
+    kept = await service.add_file()
+    async with service.db.begin() as session:
+        driver = await driver_of(session)
+        await driver.execute("select from files where public_id = %s for key share", (kept,))
+        deleting = asyncio.create_task(http.delete(f"/v1/files/{kept}"))
+        await asyncio.sleep(0.3)
+        assert not deleting.done(), "a delete waits for a submission that has the file"
+        assert (await http.post(JOBS, json=body | {"training_file": kept})).status_code == 200
+    assert (await deleting).json()["error"]["code"] == "file_in_use"
+
+
+async def test_a_retry_that_waits_has_a_failure_behind_it_and_no_error(
+    client: AsyncOpenAI, http: httpx2.AsyncClient, body: dict[str, Any], worker: Worker
+) -> None:
+    job = await client.fine_tuning.jobs.create(**body)
+    error = {"code": "store_unavailable", "message": "the store is away", "retriable": True}
+    claim = await worker.claim()
+    async with worker.db.begin() as session:
+        assert await claims.fail(session, claim, error=error, retryable=True) == "queued"
+    for shown in (
+        (await http.get(f"{JOBS}/{job.id}")).json(),
+        (await http.get(JOBS)).json()["data"][0],
+    ):
+        assert (shown["status"], shown["error"]) == ("queued", None)
+        assert shown["ext"]["failure"]["code"] == "store_unavailable"
+    cancelled = (await http.post(f"{JOBS}/{job.id}/cancel")).json()
+    assert (cancelled["status"], cancelled["error"]) == ("cancelled", None)
