@@ -14,7 +14,9 @@ from tunery.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench" / "README.md"])
-COMMAND = re.compile(r"^\$ (?:[^\s=]+/)?tunery (.+)$|`(?:\S+/)?tunery ([a-z-][^`\n]*)`", re.MULTILINE)
+COMMAND = re.compile(
+    r"^\$ (?:[^\s=]+/)?tunery (.+)$|`(?:\S+/)?tunery ([a-z-][^`\n]*)`", re.MULTILINE
+)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 TARGET = re.compile(r"(?:^\$ |`)make ([a-z-]+)", re.MULTILINE)
 
