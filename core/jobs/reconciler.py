@@ -9,6 +9,7 @@ it would have done is still written in the tables.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -88,7 +89,7 @@ async def relay(db: Database, broker: Bell) -> None:
                 return
             published = await outbox.relay(session, publish, limit=_BATCH)
         if published:
-            log.info("outbox.relayed", messages=published)
+            _tell(log.info, "outbox.relayed", messages=published)
         if published < _BATCH:
             return
 
@@ -101,7 +102,8 @@ async def reap(db: Database, poke: asyncio.Event) -> None:
                 return
             reaped = await claims.reap(session, limit=_BATCH)
         for job in reaped:
-            log.warning(
+            _tell(
+                log.warning,
                 "lease.lapsed",
                 job=job.public_id,
                 attempt=job.attempt,
@@ -129,7 +131,7 @@ async def ring(db: Database, broker: Bell, older_than_s: float) -> None:
         for _ in range(missing):
             await asyncio.to_thread(broker.wake, queue)
         if missing > 0:
-            log.info("queue.rung_again", queue=queue, messages=missing)
+            _tell(log.info, "queue.rung_again", queue=queue, messages=missing)
 
 
 async def expire(db: Database) -> None:
@@ -140,7 +142,7 @@ async def expire(db: Database) -> None:
         uploads = await sweeps.expire_uploads(session)
         keys = await sweeps.expire_idempotency_keys(session)
     if uploads or keys:
-        log.info("expired", uploads=len(uploads), idempotency_keys=keys)
+        _tell(log.info, "expired", uploads=len(uploads), idempotency_keys=keys)
 
 
 async def _repeat(duty: Duty, stop: asyncio.Event) -> None:
@@ -151,18 +153,24 @@ async def _repeat(duty: Duty, stop: asyncio.Event) -> None:
         try:
             await duty.work()
             if failures:
-                log.info("duty.recovered", duty=duty.name, failures=failures)
+                _tell(log.info, "duty.recovered", duty=duty.name, failures=failures)
             failures = 0
         except TransientError as error:
             failures += 1
-            log.warning("duty.failed", duty=duty.name, failures=failures, error=str(error))
+            _tell(log.warning, "duty.failed", duty=duty.name, failures=failures, error=str(error))
         except Exception:
             # The edge of a task that must outlive what nobody foresaw: the other duties, and
             # the next round of this one, are needed all the same.
             failures += 1
-            log.exception("duty.broke", duty=duty.name, failures=failures)
+            _tell(log.exception, "duty.broke", duty=duty.name, failures=failures)
         pause_s = min(MAX_BACKOFF_S, duty.every_s * 2 ** min(failures, 10))
         await _wait(pause_s if failures else duty.every_s, stop, None if failures else duty.prompt)
+
+
+def _tell(say: Callable[..., object], event: str, **values: object) -> None:
+    """Log, or fail to: a full disk behind standard output must not end the duties."""
+    with contextlib.suppress(Exception):
+        say(event, **values)
 
 
 async def _wait(seconds: float, *events: asyncio.Event | None) -> None:

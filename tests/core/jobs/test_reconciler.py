@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 
 import pytest
@@ -19,10 +20,11 @@ class Bell:
     """A doorbell that counts, and can be out of order."""
 
     def __init__(self):
-        self.rung, self.broken, self.unread = [], False, 0
+        self.rung, self.broken, self.unread, self.refused = [], False, 0, 0
 
     def wake(self, queue):
         if self.broken:
+            self.refused += 1
             raise ServiceUnavailable("no answer")
         self.rung.append(queue)
 
@@ -152,6 +154,24 @@ async def test_a_wiped_broker_heals(site, settings):
         await s.execute(text("delete from outbox"))
     async with running(site.db, bell, settings, ring_s=0.2):
         await until(lambda: bell.rung[:1] == ["default"])
+
+
+async def test_a_log_that_cannot_be_written_ends_no_duty(site, settings, monkeypatch):
+    class Full:
+        def __getattr__(self, level):
+            def say(*_, **__):
+                raise OSError(errno.ENOSPC, "no space left on device")
+
+            return say
+
+    monkeypatch.setattr(reconciler, "log", Full())
+    bell = Bell()
+    bell.broken = True
+    async with running(site.db, bell, settings.model_copy(update={"relay_s": 0.05})):
+        await site.submit()
+        await until(lambda: bell.refused > 1)  # each a failure that is logged, or should be
+        bell.broken = False
+        await until(lambda: bell.rung == ["default"])
 
 
 async def test_a_bell_that_rings_already_is_left_alone(site):
