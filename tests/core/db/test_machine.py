@@ -186,6 +186,31 @@ class Machine(RuleBasedStateMachine):
         if done:
             job.to("succeeded")
 
+    # Left to chance, a wish hardly ever meets an attempt that is alive and about to end.
+    @precondition(lambda self: any(job.runnable for job in self.model.values()))
+    @rule(
+        target=tokens,
+        reached=st.integers(0, 2),
+        wish=st.sampled_from(["cancel", "pause"]),
+        end=st.sampled_from(["finish", "give_back", "fail", "lapse"]),
+    )
+    def attempt_ends_against_a_wish(self, reached, wish, end):
+        token = self.claim()
+        for move in [("starting", "running"), ("running", "finishing")][:reached]:
+            self.move(token, move)
+        getattr(self, wish)(token.job_id)
+        self.beat(token, 0)
+        if end == "finish":
+            self.publish_and_finish(token, trained=True, cancelled_between=False)
+        elif end == "give_back":
+            self.give_back(token)
+        elif end == "fail":
+            self.fail(token, retryable=True)
+        else:
+            self.stall(token)
+            self.reap()
+        return token
+
     @rule(token=tokens, retryable=st.booleans())
     def fail(self, token, retryable):
         job = self.model[token.job_id]
