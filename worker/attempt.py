@@ -53,12 +53,14 @@ if TYPE_CHECKING:
     from core.db.engine import Database
     from core.settings import Settings
     from tunery.models import ModelStore
+    from tunery.training.protocol import Event
     from worker.devices import Slot
     from worker.process import Exit
 
 T = TypeVar("T")
 
-REPORT_S = 0.5
+REPORT_S = 1.0
+"""Each report is a transaction. With a stream that looks twice a second, a step is seen in 2 s."""
 WATCH_S = 0.1
 STOP_AGAIN_S = 1.0
 MAX_BACKOFF_S = 600.0
@@ -115,6 +117,7 @@ class Attempt:
         self._started = False
         self._step = 0  # as written; a beat alone must not run ahead of the state
         self._recording = asyncio.Lock()
+        self._prompt = asyncio.Event()  # there is something to report that cannot wait
         self._checkpoint_asked: datetime | None = None
         self._beat_at = claimed_at
         self._heard_at: float | None = None  # not before the trainer runs
@@ -296,22 +299,25 @@ class Attempt:
             asyncio.create_task(self._read_log(process)),
         ]
         publishing = asyncio.create_task(self._publish_all())
-        background = [
-            asyncio.create_task(self._watch()),
-            asyncio.create_task(self._report_regularly()),
-        ]
+        ended = asyncio.Event()
+        watching = asyncio.create_task(self._watch())
+        reporting = asyncio.create_task(self._report_regularly(ended))
         try:
             end = await process.wait()
             self._process = None
             self.survivors = end.survivors
             # Nobody is left to write to the pipes: both end.
             await asyncio.gather(*reading)
+            ended.set()
+            self._prompt.set()
+            await reporting  # not cancelled: what it has taken would be lost
             self._pending.put_nowait(None)
             await self._settled(publishing)
         finally:
-            for task in (*reading, *background, publishing):
+            tasks = (*reading, watching, reporting, publishing)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*reading, *background, publishing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         self._log.info("trainer.ended", code=end.code, reason=end.reason, survivors=end.survivors)
         return end
 
@@ -343,7 +349,13 @@ class Attempt:
             elif isinstance(event, CheckpointEvent):
                 self._pending.put_nowait(event)
             else:
-                self._report.add(event)
+                self._take(event)
+
+    def _take(self, event: Event) -> None:
+        before = self._report.started
+        self._report.add(event)
+        if self._report.started and not before:  # people wait for the first step: tell it at once
+            self._prompt.set()
 
     async def _read_log(self, process: TrainerProcess) -> None:
         while data := await process.log.read(1 << 16):
@@ -383,9 +395,14 @@ class Attempt:
 
     # The record ------------------------------------------------------------------------------
 
-    async def _report_regularly(self) -> None:
-        while True:
-            await asyncio.sleep(REPORT_S)
+    async def _report_regularly(self, ended: asyncio.Event) -> None:
+        """Write every so often, until the trainer has `ended`; a write that runs is finished."""
+        while not ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._prompt.wait(), REPORT_S)
+            self._prompt.clear()
+            if ended.is_set():
+                return
             text = self._book.take()
             if self._ending is Ending.FENCED or not (text or self._report.waiting):
                 continue
@@ -671,7 +688,7 @@ def sweep_scratch(root: Path) -> list[str]:
     for folder in root.iterdir() if root.is_dir() else ():
         try:
             fd = os.open(folder / ".lock", os.O_RDWR)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
             continue  # being made, or not ours
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import select
+from sqlalchemy import text as sql
 
-from core.db import metrics, workers
+from core.db import logs, metrics, workers
 from core.db.engine import Database
 from core.db.migrate import upgrade
-from core.db.tables import JobLogRow
 from core.local.broker import EmbeddedBroker
 from core.local.postgres import EmbeddedPostgres
 from tests.worker.conftest import open_farm, until
@@ -164,6 +163,26 @@ async def test_a_cancelled_job_ends_cancelled_in_every_phase(farm: Farm, when: s
     assert row.final_checkpoint_id is None
     await farm.wish("cancel", job)  # again: nothing happens
     await farm.oracle()
+
+
+async def test_a_cancel_that_meets_the_commit_leaves_no_result(farm: Farm) -> None:
+    await farm.worker(TUNERY_LEASE_S="30", TUNERY_BEAT_S="10")
+    job = await farm.submit(steps=3)
+    async with farm.db.begin() as session:
+        await session.execute(sql("lock table files in share mode"))  # the result's row waits
+        row = await farm.reaches(job, "finishing")
+        results = f"files/{farm.project_id}"
+        await until(lambda: _count(farm, results, 2))  # its bytes are there already
+        await farm.wish("cancel", job)
+    row = await farm.reaches(job, "cancelled")
+    assert (row.final_checkpoint_id, row.result_file_id, row.fine_tuned_model) == (None,) * 3
+    assert await _count(farm, results, 1)
+    await farm.oracle()
+
+
+async def _count(farm: Farm, prefix: str, wanted: int) -> bool:
+    """Whether the store has so many keys there."""
+    return len([key async for key in farm.store.list(prefix)]) == wanted
 
 
 async def test_a_paused_job_saves_and_goes_on_where_it_was(farm: Farm) -> None:
@@ -320,11 +339,29 @@ async def test_a_flood_of_output_is_cut_and_delays_no_heartbeat(farm: Farm) -> N
     row = await farm.reaches(job, "succeeded")
     assert row.attempt == 1
     async with farm.db.session() as session:
-        chunks = list(await session.scalars(select(JobLogRow).where(JobLogRow.job_id == row.id)))
+        chunks = await logs.after(session, row.id)
     text = "".join(chunk.text for chunk in chunks)
     assert text.startswith("before the flood\n")
     assert "bytes left out]" in text
     assert len(text) < 20_000 + 80_000
+    await farm.oracle()
+
+
+async def test_a_report_that_takes_long_is_not_lost_when_the_trainer_ends(farm: Farm) -> None:
+    await farm.worker(TUNERY_LEASE_S="30", TUNERY_BEAT_S="10")
+    fault = {"*": {"print": "first words"}}
+    job = await farm.submit(steps=8, step_s=0.3, checkpoint_every=100, faults=fault)
+    await farm.steps(job, 1)
+    async with farm.db.begin() as session:
+        await session.execute(sql("lock table job_metrics in share mode"))
+        await until(lambda: not farm.trainers())
+        await asyncio.sleep(1.0)
+    row = await farm.reaches(job, "succeeded")
+    async with farm.db.session() as session:
+        steps = [step async for step, _ in metrics.rows(session, row.id)]
+        said = "".join(chunk.text for chunk in await logs.after(session, row.id))
+    assert steps == list(range(1, 9))
+    assert said == "first words\n"
     await farm.oracle()
 
 
