@@ -11,9 +11,13 @@ KEPT = frozenset(
     {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH"}
     | {"VIRTUAL_ENV", "CUDA_HOME", "CUDA_PATH", "CUDA_MODULE_LOADING", "CUDA_DEVICE_ORDER"}
     | {"CUDA_DEVICE_MAX_CONNECTIONS", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"}
-    | {"TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR"}
+    | {"TORCH_EXTENSIONS_DIR", "DS_ACCELERATOR", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 )
 KEPT_PREFIXES = ("NCCL_", "GLOO_", "PYTORCH_", "TORCH_NCCL_")
+SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
+"""A thread that waits for another spins this many rounds before it sleeps: libgomp's own figure for
+a machine with more threads than cores. Its default is 300 times that, and a trainer whose cores are
+shared, if only with our own heartbeat, then burns the time that the other thread needs."""
 
 
 def base_environment(own: Mapping[str, str]) -> dict[str, str]:
@@ -21,7 +25,7 @@ def base_environment(own: Mapping[str, str]) -> dict[str, str]:
     kept = {
         name: value for name, value in own.items() if name in KEPT or name.startswith(KEPT_PREFIXES)
     }
-    return kept | {
+    return SHORT_SPIN | kept | {
         # The base model lies on disk before a trainer starts; nothing is fetched by it.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -153,4 +153,9 @@ def test_the_trainers_environment_is_an_allow_list() -> None:
     assert made["NCCL_DEBUG"] == "INFO"
     assert not set(made) & {"TUNERY_DATABASE_URL", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"}
     assert "SOMETHING_NEW" not in made
+    # The warm pool's libgomp reads it before the fork.
+    assert made["GOMP_SPINCOUNT"] == warm_environment(own)["GOMP_SPINCOUNT"] == "1000"
+    assert trainer_environment({"GOMP_SPINCOUNT": "7"}, devices=[], threads=1)[
+        "GOMP_SPINCOUNT"
+    ] == ("7")
     assert warm_environment(own)["CUDA_VISIBLE_DEVICES"] == ""
