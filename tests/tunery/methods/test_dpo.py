@@ -263,9 +263,9 @@ def test_the_dropout_inside_attention_is_off_too(tokenizer: Any) -> None:
 
 def test_a_reference_is_scored_without_the_dropout_that_the_policy_keeps(tokenizer: Any) -> None:
     plain = our_run(policy("lora", tokenizer), tokenizer)[0]
-    kept = our_run(
-        policy("lora", tokenizer, attention_dropout=0.5), tokenizer, disable_dropout=False
-    )[0]
+    model = policy("lora", tokenizer, attention_dropout=0.5)
+    kept = our_run(model, tokenizer, disable_dropout=False)[0]
+    assert model.training
     assert kept["logps/chosen"] != pytest.approx(plain["logps/chosen"], abs=1e-3)
     reference = kept["logps/chosen"] - kept["rewards/chosen"] / BETA
     assert reference == pytest.approx(plain["logps/chosen"], abs=1e-3)

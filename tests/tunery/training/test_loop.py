@@ -260,7 +260,12 @@ def test_evaluation_that_runs_out_of_memory_is_cut_too(lab: Any) -> None:
     model = lab.lora()
     objective = refusing(lab.objective(model), 48, lambda: torch.OutOfMemoryError("no"))
     loop, record = lab.loop(
-        model, lab.examples(2), objective=objective, valid=lab.examples(30, seed=5), batch_size=1
+        model,
+        lab.examples(2),
+        objective=objective,
+        valid=lab.examples(30, seed=5),
+        batch_size=1,
+        micro_batch_tokens=150,
     )
     roomy_loop, roomy = lab.loop(
         lab.lora(), lab.examples(2), valid=lab.examples(30, seed=5), batch_size=1

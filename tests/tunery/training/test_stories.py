@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tunery.spec import Use
 from tunery.training import program
 from tunery.training.control import StopFlag
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.slow
 def test_twenty_steps_teach_a_storyteller_shakespeare(
     make_order: Any, shared_dir: Path, tmp_path: Path
 ) -> None:
