@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,6 +25,9 @@ from core.projects.keys import KeyRing, Principal, Scope
 from core.settings import Settings
 from tunery.errors import InvalidConfig, PermissionDenied, Unauthenticated
 from tunery.models import ModelStore
+
+DEPTH_LIMIT = 64
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # as json.dumps writes it, not an escaped backslash
 
 
 class Bell:
@@ -156,19 +161,59 @@ async def json_body(request: Request) -> Any:
     """The body as plain JSON; an empty one is None, whatever its content type says.
 
     Raises:
-        InvalidConfig: not JSON. The text is not quoted: it may be training text.
+        InvalidConfig: not JSON, or JSON that Postgres does not keep: NUL characters, halves of
+            surrogate pairs, numbers beyond a double, lists in lists without end. The text is not
+            quoted: it may be training text.
     """
     raw = await request.body()
     if not raw:
         return None
     try:
-        return json.loads(raw, parse_constant=_refuse_constant)
+        body = json.loads(raw, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         raise InvalidConfig("the body is not valid JSON", code="invalid_json") from None
+    if raw.count(b"[") + raw.count(b"{") > DEPTH_LIMIT:
+        _check_depth(body)
+    # Only an escape can bring what UTF-8 does not: NUL stands for itself in no JSON text.
+    if b"\\u" in raw:
+        _check_text(json.dumps(body, ensure_ascii=False))
+    return body
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _check_depth(body: Any) -> None:
+    level = [body]
+    for _ in range(DEPTH_LIMIT):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, list | dict)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise InvalidConfig(
+        f"the body is nested more than {DEPTH_LIMIT} levels deep", code="invalid_json"
+    )
+
+
+def _check_text(dumped: str) -> None:
+    try:
+        dumped.encode()
+    except UnicodeEncodeError:
+        raise InvalidConfig("the body has half of a surrogate pair", code="invalid_json") from None
+    if _NUL.search(dumped):
+        raise InvalidConfig("the body has a NUL character", code="invalid_json")
 
 
 Body = Annotated[Any, Depends(json_body)]

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from api.errors import crash, render
 from tunery import __version__
-from tunery.errors import TooLarge
+from tunery.errors import InvalidConfig, TooLarge
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +22,8 @@ JSON_LIMIT_BYTES = 1 << 20
 # Bodies that are streamed to the store; their routes and `streamed_limit_bytes` bound them.
 STREAMED = re.compile(r"/v1/(files|uploads/[^/]+/parts)/?")
 FORM_OVERHEAD_BYTES = 1 << 20
+# Postgres has no text with it, so nothing of ours is called that: no route need think of it.
+_NO_NUL = InvalidConfig("the address contains a NUL character", code="invalid_value")
 
 
 class Edge:
@@ -54,6 +56,9 @@ class Edge:
                 message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            await render(_NO_NUL)(scope, receive, answer)
+            return
         limit = self._limit(scope)
         if _declared_length(scope) > limit:
             await render(_too_large(limit))(scope, receive, answer)

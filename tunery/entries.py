@@ -35,7 +35,10 @@ class Hyperparameters(EntryConfig):
 
     n_epochs: float = Field(3, gt=0, le=100, description="Passes over the training file.")
     max_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps after which to stop; overrides n_epochs."
+        None,
+        ge=1,
+        le=1_000_000_000,
+        description="Optimizer steps after which to stop; overrides n_epochs.",
     )
     batch_size: int = Field(
         8, ge=1, le=4096, description="Examples per optimizer step, over all devices."

@@ -8,7 +8,7 @@ newer clients of OpenAI's keep working.
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -37,7 +37,7 @@ class ComputeRequest(_Strict):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more work."
     )
-    micro_batch_tokens: int | Auto = Field(
+    micro_batch_tokens: Annotated[int, Field(ge=8, le=2**31 - 1)] | Auto = Field(
         "auto", description="Tokens that one rank holds at once; memory, not mathematics."
     )
 
@@ -48,12 +48,16 @@ class EvaluationRequest(_Strict):
 
 
 class CheckpointsRequest(_Strict):
-    every_steps: int | Auto = Field("auto", description="Optimizer steps between checkpoints.")
+    every_steps: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="Optimizer steps between checkpoints."
+    )
     keep: int = Field(3, ge=1, le=100, description="Resume checkpoints kept.")
 
 
 class LimitsRequest(_Strict):
-    max_runtime_s: int | None = Field(None, ge=1, description="Seconds of training, all attempts.")
+    max_runtime_s: int | None = Field(
+        None, ge=1, le=366 * 86400, description="Seconds of training, all attempts."
+    )
 
 
 class InitFromRequest(_Strict):
@@ -226,7 +230,16 @@ def _is_union_tag(part: Any) -> bool:
 
 
 _UNION_ARMS = frozenset(
-    {"int", "float", "str", "bool", "dict[str,any]", "list[str]", "constrained-str"}
+    {
+        "int",
+        "float",
+        "str",
+        "bool",
+        "dict[str,any]",
+        "list[str]",
+        "constrained-str",
+        "constrained-int",
+    }
 )
 
 

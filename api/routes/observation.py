@@ -139,8 +139,8 @@ async def read_metrics(
             session,
             job.id,
             [key for key in (keys or "").split(",") if key] or None,
-            step_from,
-            step_to,
+            _step(step_from),
+            _step(step_to),
             max(1, min(resolution or DEFAULT_RESOLUTION, MOST_BUCKETS)),
         )
     return JSONResponse(
@@ -216,6 +216,11 @@ async def _head(session: Any, caller: Principal, job_id: str) -> views.JobHead:
     if found is None:
         raise no_job(job_id)
     return found
+
+
+def _step(asked: int | None) -> int | None:
+    """A step that Postgres can compare with; no job has one beyond."""
+    return None if asked is None else max(-1, min(asked, 2**62))
 
 
 def _no_event(param: str) -> InvalidConfig:

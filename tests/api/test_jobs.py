@@ -95,6 +95,29 @@ async def test_unknown_keys_are_refused_by_path_inside_and_noted_outside(
         ({"method": {"type": "magic"}}, 400, "unsupported_method", "method.type"),
         ({"method": {"type": "dpo"}}, 422, "unsupported_combination", "training_file"),
         ({"ext": {"compute": {"nodes": 2}}}, 422, "unsupported_combination", "ext.compute.nodes"),
+        (
+            {"ext": {"compute": {"micro_batch_tokens": 1}}},
+            400,
+            "invalid_value",
+            "ext.compute.micro_batch_tokens",
+        ),
+        (
+            {"ext": {"checkpoints": {"every_steps": 0}}},
+            400,
+            "invalid_value",
+            "ext.checkpoints.every_steps",
+        ),
+        (
+            {
+                "method": {
+                    "type": "supervised",
+                    "supervised": {"hyperparameters": {"max_steps": 10**30}},
+                }
+            },
+            400,
+            "invalid_value",
+            "method.supervised.hyperparameters.max_steps",
+        ),
         ({"ext": {"queue": "nobody"}}, 422, "unsupported_combination", "ext.queue"),
     ],
 )

@@ -414,3 +414,57 @@ async def test_logs_are_text_with_a_cursor_and_need_their_scope(
     assert rest.text == "four\n"
     blind = service.http(await service.key(scopes=["jobs:read"]))
     assert (await blind.get(path)).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        '{"metadata": {"a": "x\\u0000y"}}',
+        '{"suffix": "\\ud800"}',
+        '{"metadata": {"a\\u0000": "b"}}',
+        '{"whatever": 1e999}',
+        '{"whatever": NaN}',
+        '{"whatever": ' + "[" * 900 + "]" * 900 + "}",
+    ],
+)
+async def test_what_the_database_cannot_keep_is_a_bad_request(
+    http: httpx2.AsyncClient, junk: str
+) -> None:
+    for path in ("", "/dry_run"):
+        answer = await http.post(f"/v1/fine_tuning/jobs{path}", content=junk.encode())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+async def test_an_escaped_backslash_before_u0000_is_text(http: httpx2.AsyncClient) -> None:
+    body = {"model": "no/such", "training_file": "file-none", "metadata": {"a": "\\u0000 é 😀"}}
+    answer = await http.post("/v1/fine_tuning/jobs", json=body)
+    assert answer.json()["error"]["code"] == "file_not_found"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/fine_tuning/jobs/%00",
+        "/v1/fine_tuning/jobs?model=%00",
+        "/v1/fine_tuning/jobs?metadata[%00]=a",
+        "/v1/files/%00/content",
+        "/v1/models/ft:%00",
+        "/hf/default/x%00/resolve/main/a",
+    ],
+)
+async def test_a_nul_in_an_address_is_a_bad_request(http: httpx2.AsyncClient, path: str) -> None:
+    answer = await http.get(path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+    assert answer.headers["x-request-id"]
+
+
+async def test_steps_beyond_what_a_job_can_have_find_nothing(
+    http: httpx2.AsyncClient, data_file: str, base_model: str
+) -> None:
+    body = {"model": base_model, "training_file": data_file}
+    job = (await http.post("/v1/fine_tuning/jobs", json=body)).json()["id"]
+    answer = await http.get(
+        f"/v1/fine_tuning/jobs/{job}/metrics",
+        params={"step_from": str(-(10**30)), "step_to": str(10**30)},
+    )
+    assert (answer.status_code, answer.json()["data"]) == (200, {})
