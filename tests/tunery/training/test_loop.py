@@ -139,6 +139,20 @@ def test_weights_of_documents_scale_the_loss(lab: Any) -> None:
     assert record.series("train_loss")[0] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_ghost_micro_batch_counts_nothing(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = lab.examples(14)
+    alone_model, model = lab.lora(), lab.lora()
+    alone_loop, alone = lab.loop(alone_model, examples)
+    alone_loop.run()
+    loop, record = lab.loop(model, examples)
+    plan = loop._plan
+    ghost = batching.MicroBatch((0,), ghost=True)
+    monkeypatch.setattr(loop, "_plan", lambda *args: [*plan(*args), ghost])
+    loop.run()
+    assert record.series("train_loss") == alone.series("train_loss")
+    assert_same(weights(model), weights(alone_model), 0.0)
+
+
 def test_a_point_every_n_steps_is_the_mean_over_its_tokens(lab: Any) -> None:
     examples = lab.examples(14)
     fine_loop, fine = lab.loop(lab.lora(), examples, steps=4)
