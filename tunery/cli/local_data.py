@@ -55,11 +55,12 @@ def held_out_report(path: Path, training: Path, trained: Report) -> Report:
     from tunery.data.validate import PROBLEMS_SHOWN, overlap
 
     report = report_of(path)
-    if trained.valid and report.valid and report.format == trained.format is not None:
+    format = report.format
+    if trained.valid and report.valid and format is not None and format == trained.format:
         found = overlap(
-            read_rows(training, suffix_of(training), report.format),
-            read_rows(path, suffix_of(path), report.format),
-            report.format,
+            read_rows(training, suffix_of(training), format),
+            read_rows(path, suffix_of(path), format),
+            format,
         )
         report.problems = [*report.problems, *found.problems][:PROBLEMS_SHOWN]
         report.problem_counts |= found.problem_counts
