@@ -11,6 +11,7 @@ from tunery.errors import NonFiniteLoss, OutOfMemory
 from tunery.training import batching
 from tunery.training.control import StopFlag
 from tunery.training.features import Switches, switches
+from tunery.training.loop import LoopState
 from tunery.training.losses import HeadPolicy
 
 if TYPE_CHECKING:
@@ -233,6 +234,12 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(lab: Any, erro
     assert {code for code, _ in tight.warnings} == {"micro_batch_halved"}
     assert tight_loop.state.budget <= 40
     assert len(tight.warnings) <= 3, "what was learnt about the memory was forgotten"
+
+
+def test_a_resumed_run_remembers_what_fits(lab: Any) -> None:
+    loop, _ = lab.loop(lab.lora(), lab.examples(14), state=LoopState(step=1, budget=40))
+    planned = loop._plan(loop.train, loop._chosen(1))
+    assert max(loop.train.longest[list(m.examples)].max() * len(m.examples) for m in planned) <= 40
 
 
 def test_what_a_step_had_added_up_before_memory_ran_out_is_forgotten(lab: Any) -> None:
