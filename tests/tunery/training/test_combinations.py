@@ -196,6 +196,15 @@ def test_it_trains_resumes_and_exports(case: Combination, home: Path, tmp_path: 
     _check_export(case, home, tmp_path / "whole" / "checkpoints" / "step-00000004" / "export")
 
 
+def test_the_spec_alone_decides_how_a_head_starts(home: Path, tmp_path: Path) -> None:
+    case = Combination("lora", "supervised", "text-classification", "llama")
+    curves = []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        curves.append(losses(run(order_for(home, case), tmp_path / str(number))))
+    assert curves[0] == curves[1]
+
+
 def _check_export(case: Combination, home: Path, export: Path) -> None:
     """Loads without Tunery, and answers other than the base does."""
     classifies = case.task == "text-classification"
