@@ -81,6 +81,8 @@ class Tools:
     devices: int
     """How many this worker has: they share its cores."""
     draining: Callable[[], bool]
+    disk_was_full: Callable[[], None]
+    """Told when an attempt finds no room, so that the next one goes elsewhere."""
 
 
 class _Ended(Exception):
@@ -229,11 +231,16 @@ class Attempt:
             self._failure = failures.of_error(error)
             return None
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            self._failure = failures.disk_full(self._settings.resolved_scratch_dir())
+            self._failure = self._no_room(error)
             return None
         return end
+
+    def _no_room(self, error: OSError) -> Failure:
+        """The failure that a full disk is; any other error is raised again."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        self._tools.disk_was_full()
+        return failures.disk_full(self._settings.resolved_scratch_dir())
 
     async def _unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(work)
@@ -552,8 +559,9 @@ class Attempt:
 
     async def _say_the_last(self, failure: Failure | None) -> None:
         text = self._book.finish()
-        if failure is not None and (lines := self._book.last_lines()):
-            data = {"code": failure.code, "log": lines}
+        if failure is not None:  # said even when it is retried: the row forgets it then
+            lines = self._book.last_lines()
+            data = {"code": failure.code} | ({"log": lines} if lines else {})
             self._report.note(Note("warning", failure.message, level="error", data=data))
         if not (text or self._report.waiting):
             return
@@ -616,6 +624,8 @@ class Attempt:
             return None
         except AppError as error:
             return await self._fail(failures.of_error(error))
+        except OSError as error:
+            return await self._fail(self._no_room(error))
         digest = hashlib.sha256(table).hexdigest()
         try:
             return await self._let_go(

@@ -6,12 +6,16 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from core.settings import Settings
+
+FULL_S = 300.0
+"""How long a worker takes no job after its disk was full: somebody may have made room by then."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,21 @@ class WorkerPlace:
             self._flag.touch()
         else:
             self._flag.unlink(missing_ok=True)
+
+    @property
+    def _full(self) -> Path:
+        return self.folder / "disk-full"
+
+    def disk_was_full(self) -> None:
+        """An attempt found no room: leave what is queued to other workers for a while."""
+        self._full.touch()
+
+    def has_room(self) -> bool:
+        """Whether no attempt has found the disk full lately."""
+        try:
+            return time.time() - self._full.stat().st_mtime > FULL_S
+        except FileNotFoundError:
+            return True
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -90,9 +90,10 @@ class Supervisor:
             self._place.warm_socket,
             len(self._slots.devices),
             self.draining,
+            self._place.disk_was_full,
         )
         ran = 0
-        while not self.draining():
+        while not self.draining() and self._place.has_room():
             try:
                 taken = await self._claim(tools)
             except TransientError as error:

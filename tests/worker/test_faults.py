@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,11 +24,13 @@ from core.local.postgres import EmbeddedPostgres
 from tests.worker.conftest import open_farm, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
+    from core.db.tables import JobEventRow
     from core.settings import Settings
     from tests.worker.conftest import Farm
 
+SMALL_DISK_BYTES = 64 * 1024
 SLOWLY = {"steps": 60, "step_s": 0.05, "checkpoint_every": 10}
 
 
@@ -349,19 +352,17 @@ async def test_a_flood_of_output_is_cut_and_delays_no_heartbeat(farm: Farm) -> N
 
 async def test_a_report_that_takes_long_is_not_lost_when_the_trainer_ends(farm: Farm) -> None:
     await farm.worker(TUNERY_LEASE_S="30", TUNERY_BEAT_S="10")
-    fault = {"*": {"print": "first words"}}
-    job = await farm.submit(steps=8, step_s=0.3, checkpoint_every=100, faults=fault)
+    failure = {"code": "x", "category": "unknown", "retryable": False, "message": "m"}
+    fault = {"*": {"at": 9, "failure": failure}}
+    job = await farm.submit(steps=20, step_s=0.3, checkpoint_every=100, faults=fault)
     await farm.steps(job, 1)
     async with farm.db.begin() as session:
         await session.execute(sql("lock table job_metrics in share mode"))
         await until(lambda: not farm.trainers())
-        await asyncio.sleep(1.0)
-    row = await farm.reaches(job, "succeeded")
+    row = await farm.reaches(job, "failed")
     async with farm.db.session() as session:
         steps = [step async for step, _ in metrics.rows(session, row.id)]
-        said = "".join(chunk.text for chunk in await logs.after(session, row.id))
     assert steps == list(range(1, 9))
-    assert said == "first words\n"
     await farm.oracle()
 
 
@@ -423,6 +424,38 @@ async def test_a_base_model_that_is_gone_fails_by_name(farm: Farm) -> None:
     assert row.error is not None
     assert row.error["code"] == "base_model_unavailable"
     await farm.oracle()
+
+
+async def test_a_worker_whose_disk_is_full_leaves_the_job_to_another(
+    farm: Farm, small_disk: Path
+) -> None:
+    full = await farm.worker("full", TUNERY_SCRATCH_DIR=str(small_disk))
+    (small_disk / "somebody's").write_bytes(bytes(SMALL_DISK_BYTES - 4096))
+    job = await farm.submit(steps=3)
+    (said,) = await until(lambda: _errors(farm, job))
+    assert (said.data["code"], said.attempt) == ("capacity_unavailable", 1)
+    await farm.worker("roomy")
+    row = await farm.reaches(job, "succeeded")
+    assert (row.worker, row.attempt, row.error_count) == ("roomy", 2, 1)
+    assert full.popen.poll() is None
+    await farm.oracle()
+
+
+async def _errors(farm: Farm, job: str) -> list[JobEventRow]:
+    return [event for event in await farm.events(job) if event.level == "error"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that is soon full."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    options = f"size={SMALL_DISK_BYTES}"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.slow
