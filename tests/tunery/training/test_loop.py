@@ -192,10 +192,21 @@ def test_evaluation_trains_nothing_and_draws_nothing(lab: Any) -> None:
     without_loop.run()
     assert with_evaluation.series("train_loss") == without.series("train_loss")
     assert len(with_evaluation.series("valid_loss")) == 7
-    steady_loop, steady = lab.loop(lab.lora(), examples, steps=1, valid=lab.examples(5, seed=9))
-    steady_loop.run()
-    untrained = with_evaluation.series("valid_loss")[0]
-    assert untrained == pytest.approx(steady.series("valid_loss")[0], abs=1e-6)
+
+
+def test_evaluation_is_without_dropout(lab: Any) -> None:
+    valid = lab.examples(5, seed=9)
+    losses = []
+    for dropout in (0.0, 0.3):
+        model = lab.lora(dropout=dropout, random_b=True)
+        standing = {"learning_rate": 0.0}
+        loop, record = lab.loop(
+            model, lab.examples(8), steps=2, valid=valid, evaluate_every=1, optimizer=standing
+        )
+        loop.run()
+        losses.append(record.series("valid_loss"))
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 1
 
 
 def refusing(objective: Any, limit: int, error: Callable[[], BaseException]) -> Any:
