@@ -51,8 +51,15 @@ class Figure:
         return low and (self.at_most is None or value <= self.at_most)
 
     @property
+    def judged(self) -> bool:
+        """Whether it has a bound; one without stands beside another that has."""
+        return self.at_least is not None or self.at_most is not None
+
+    @property
     def bound(self) -> str:
         """As the table prints it."""
+        if not self.judged:
+            return "not judged"
         suffix = "" if self.kind == "ratio" else f" {self.unit}"
         if self.at_least is not None:
             return f"≥ {self.at_least:g}{suffix}"

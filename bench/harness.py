@@ -211,7 +211,8 @@ def finish(*results: Result) -> None:
         keep(result)
         figure = by_key[result.figure]
         verdict = "holds" if figure.holds(result.median) else "MISSED"
-        tell(f"{result.figure}: {result.median:.3g} ({figure.bound}) {verdict}")
+        told = f"{result.figure}: {result.median:.3g} ({figure.bound})"
+        tell(f"{told} {verdict}" if figure.judged else told)
     render(list(by_key.values()))
 
 
