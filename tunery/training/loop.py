@@ -131,11 +131,12 @@ class Loop:
         """
         if self.engine.rank == 0:
             self._meter.put_back(Reading(sums=dict(self.state.window)))
-        self.reporter.phase("training")
         if self.settings.switches.memory_probe and self.device.type == "cuda":
             self.probe()
-        if self.state.step == 0:
+        if self.state.step == 0 and self.valid is not None:
             self._evaluate()
+        else:
+            self.reporter.phase("training")
         self.engine.model.train()
         self._clock.start()
         while self.state.step < self.settings.total_steps:

@@ -179,6 +179,10 @@ def test_evaluation_comes_before_the_first_step_then_each_epoch(lab: Any) -> Non
     loop.run()
     evaluated = [point["step"] for point in record.points if "valid_loss" in point]
     assert evaluated == [0, 2, 4, 6]
+    assert record.phases == [*["evaluating", "training"] * 4, "saving"]
+    plain_loop, plain = lab.loop(lab.lora(), examples, steps=2)
+    plain_loop.run()
+    assert plain.phases == ["training", "saving"]
 
 
 def test_evaluation_trains_nothing_and_draws_nothing(lab: Any) -> None:
