@@ -312,6 +312,23 @@ def test_whatever_decides_the_tokens_asks_for_tokens_of_its_own(
         assert len(list(cache.iterdir())) == count, name
 
 
+def test_another_prompt_asks_for_tokens_of_its_own(make_order: Any, tmp_path: Path) -> None:
+    rows = [{"text": "ab" * i, "label": "yes"} for i in range(1, 5)]
+    for count, prompt in enumerate(("Say {{ text }}:", "Tell {{ text }}:"), start=1):
+        template = Use(
+            type="prompt_template", config={"prompt": prompt, "completion": " {{ label_word }}"}
+        )
+        order = make_order(
+            rows,
+            format="classification",
+            config={"max_steps": 1},
+            transforms=(template,),
+            order={"cache_dir": str(tmp_path / "cache")},
+        )
+        assert Told(order, tmp_path / f"work-{count}").code == EXIT_DONE
+        assert len(list((tmp_path / "cache").iterdir())) == count
+
+
 def test_transforms_reach_the_validation_rows_too(make_order: Any, tmp_path: Path) -> None:
     """The same four rows in both files: the first step's loss is the held-out loss before it."""
     rows = [{"text": "ab" * i, "label": "yes"} for i in range(1, 5)]
