@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from core.artifacts.publish import sweep
+from core.artifacts.publish import NamelessFiles, sweep
 from core.artifacts.stores import open_store
 from core.db import workers
 from core.db.engine import Database
@@ -65,6 +65,7 @@ class Herald:
         self._queues = queues
         self._warm = warm
         self._sweep_at = time.monotonic() + random.uniform(0.1, 1.0) * SWEEP_S
+        self._nameless = NamelessFiles()
         self._stopping = threading.Event()
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="herald", daemon=True)
@@ -111,7 +112,7 @@ class Herald:
             return
         self._sweep_at = time.monotonic() + SWEEP_S
         try:
-            await sweep(db, open_store(self._settings))
+            await sweep(db, open_store(self._settings), self._nameless)
         except TransientError as error:
             log.warning("store.sweep_failed", why=str(error))
 

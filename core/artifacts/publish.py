@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from core.db import attempts, checkpoints, claims, events, metrics
 from tunery.errors import CheckpointCorrupt, Conflict, NotFound, WorkerLost
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from core.artifacts.stores import ArtifactStore
     from core.db.claims import Claim
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 ORPHAN_AGE_S = 86_400.0
+_PAGE = 1000
 OPENAI_COLUMNS = {
     "train_loss": "train_loss",
     "train_accuracy": "train_mean_token_accuracy",
@@ -263,12 +265,43 @@ async def sweep_orphans(
     return orphans
 
 
-async def sweep(db: Database, store: ArtifactStore) -> None:
-    """Remove what nobody will read again: orphans, and resume halves of jobs that have ended.
+class NamelessFiles:
+    """Bytes under `files/` whose row was never written: its writer died between the two.
+
+    A store does not tell how old a key is, so each is remembered from when it was first seen.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since: dict[str, float] = {}
+
+    async def sweep(
+        self, db: Database, store: ArtifactStore, *, older_than_s: float = ORPHAN_AGE_S
+    ) -> list[str]:
+        """Delete what has had no row for so long; returns the keys. Call it now and then."""
+        found = [key async for key in store.list("files")]
+        nameless: set[str] = set()
+        for start in range(0, len(found), _PAGE):
+            page = found[start : start + _PAGE]
+            async with db.session() as session:
+                nameless |= set(page) - await attempts.named_files(session, page)
+        now = self._clock()
+        self._since = {key: self._since.get(key, now) for key in nameless}
+        old = [key for key, since in self._since.items() if now - since >= older_than_s]
+        for key in old:
+            await store.delete(key)
+            log.info("file.nameless_removed", key=key)
+        return old
+
+
+async def sweep(db: Database, store: ArtifactStore, nameless: NamelessFiles) -> None:
+    """Remove what nobody will read again: orphans, files without a row, and resume halves of jobs
+    that have ended.
 
     A failed job keeps its own: whoever raises its budget continues from them.
     """
     await sweep_orphans(db, store)
+    await nameless.sweep(db, store)
     async with db.begin() as session:
         rows = await checkpoints.unresumable_ended(session)
         for row in rows:

@@ -87,6 +87,11 @@ async def named_prefixes(session: AsyncSession, prefixes: Collection[str]) -> se
     return set(rows)
 
 
+async def named_files(session: AsyncSession, keys: Collection[str]) -> set[str]:
+    """Those of `keys` that a file's row names, deleted or not."""
+    return set(await session.scalars(select(FileRow.store_key).where(FileRow.store_key.in_(keys))))
+
+
 async def lively_jobs(
     session: AsyncSession, public_ids: Collection[str], *, within_s: float
 ) -> set[str]:

@@ -11,6 +11,7 @@ from sqlalchemy import text
 
 from core.artifacts.publish import (
     Fenced,
+    NamelessFiles,
     drop_old_resumes,
     fetch,
     metrics_csv,
@@ -189,12 +190,12 @@ async def test_an_ended_jobs_resume_halves_are_swept(
 ) -> None:
     claim = await claimed(site)
     row = await publish(site, store, claim, made(tmp_path / "w", 1))
-    await sweep(site.db, store)
+    await sweep(site.db, store, NamelessFiles())
     assert f"{row.prefix}/resume/optimizer.pt" in await keys(store)
     await site.may("cancel", claim.public_id)
     await site.lapse(claim)
     await site.does(claims.reap)
-    await sweep(site.db, store)
+    await sweep(site.db, store, NamelessFiles())
     assert f"{row.prefix}/resume/optimizer.pt" not in await keys(store)
     assert f"{row.prefix}/export/adapter_model.safetensors" in await keys(store)
 
@@ -213,3 +214,30 @@ async def test_the_result_file_has_openais_columns_first(site: Site) -> None:
         "1,2.0,0.5,,,,0.1",
         "2,1.0,,1.25,,3.0,",
     ]
+
+
+async def test_bytes_without_a_row_go_after_a_day(site: Site, store: ArtifactStore) -> None:
+    async def content() -> Any:
+        yield b"bytes"
+
+    now = 0.0
+    nameless = NamelessFiles(lambda: now)
+    async with site.db.begin() as session:
+        named = await session.scalar(text("select store_key from files"))
+    for key in (named, "files/1/file-crashed", "files/1/file-being-written"):
+        await store.put(key, content())
+    assert await nameless.sweep(site.db, store) == []
+    now = 86_399.0
+    async with site.db.begin() as session:
+        await session.execute(
+            text(
+                "insert into files (public_id, project_id, filename, purpose, status, size_bytes,"
+                " sha256, store_key, content_type, suffix) select 'file-b', project_id, 'f',"
+                " purpose, status, 5, sha256, 'files/1/file-being-written', content_type, suffix"
+                " from files limit 1"
+            )
+        )
+    assert await nameless.sweep(site.db, store) == []
+    now = 86_400.0
+    assert await nameless.sweep(site.db, store) == ["files/1/file-crashed"]
+    assert await keys(store, "files") == {named, "files/1/file-being-written"}
