@@ -30,7 +30,7 @@ from core.jobs.capability import BaseModels, Fleet
 from core.jobs.reading import JobReader
 from core.jobs.submission import Submitter
 from core.projects.keys import KeyRing
-from tunery import __version__
+from tunery import __version__, catalogue
 from tunery.models import ModelStore
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def _lifespan(
 @contextlib.asynccontextmanager
 async def _running(settings: Settings) -> AsyncIterator[Service]:
     """Everything a process holds open, and its background tasks."""
+    for shelf in catalogue.SHELVES:
+        catalogue.entries(shelf)  # found once for each process: not while the first job waits
     db = Database(settings.database_url.get_secret_value())
     polls = JobPolls(settings.database_url.get_secret_value())
     broker = Broker(settings.broker_url.get_secret_value())

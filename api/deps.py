@@ -226,8 +226,8 @@ def attempt_of(request: Request, caller: Principal, route: str, body: Any) -> id
         InvalidConfig: an idempotency key that is empty, too long or not printable.
     """
     headers = request.headers
-    key = headers.get("idempotency-key") or headers.get("x-idempotency-key")
-    if key is not None and not (len(key) <= 255 and key.isascii() and key.isprintable()):
+    key = headers.get("idempotency-key", headers.get("x-idempotency-key"))
+    if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
         raise InvalidConfig(
             "Idempotency-Key: 1 to 255 printable characters are expected", param="Idempotency-Key"
         )

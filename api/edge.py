@@ -22,8 +22,6 @@ JSON_LIMIT_BYTES = 1 << 20
 # Bodies that are streamed to the store; their routes and `streamed_limit_bytes` bound them.
 STREAMED = re.compile(r"/v1/(files|uploads/[^/]+/parts)/?")
 FORM_OVERHEAD_BYTES = 1 << 20
-# Postgres has no text with it, so nothing of ours is called that: no route need think of it.
-_NO_NUL = InvalidConfig("the address contains a NUL character", code="invalid_value")
 
 
 class Edge:
@@ -56,8 +54,11 @@ class Edge:
                 message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
+        # Postgres has no text with it, so nothing of ours is called that.
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-            await render(_NO_NUL)(scope, receive, answer)
+            code = "invalid_path" if "\0" in scope["path"] else "invalid_value"
+            refusal = InvalidConfig("the address contains a NUL character", code=code)
+            await render(refusal)(scope, receive, answer)
             return
         limit = self._limit(scope)
         if _declared_length(scope) > limit:

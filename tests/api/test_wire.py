@@ -454,7 +454,8 @@ async def test_an_escaped_backslash_before_u0000_is_text(http: httpx2.AsyncClien
 )
 async def test_a_nul_in_an_address_is_a_bad_request(http: httpx2.AsyncClient, path: str) -> None:
     answer = await http.get(path)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+    code = "invalid_value" if "?" in path else "invalid_path"
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
     assert answer.headers["x-request-id"]
 
 
@@ -468,3 +469,10 @@ async def test_steps_beyond_what_a_job_can_have_find_nothing(
         params={"step_from": str(-(10**30)), "step_to": str(10**30)},
     )
     assert (answer.status_code, answer.json()["data"]) == (200, {})
+
+
+async def test_an_empty_idempotency_key_is_refused(
+    http: httpx2.AsyncClient, body: dict[str, Any]
+) -> None:
+    answer = await http.post(JOBS, json=body, headers={"idempotency-key": ""})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
