@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager, suppress
@@ -25,10 +24,12 @@ from core.db.tables import CheckpointRow, FileRow, JobEventRow, JobRow, ProjectR
 from core.ids import FILE, PROJECT, new_id
 from core.jobs import reconciler
 from core.jobs.state import NEXT, TERMINAL, State
+from core.local.process import spawn
 from tunery.models import ModelStore
 from tunery.spec import BaseModelRef, Checkpoints, Data, DataFile, Limits, TrainingSpec, Use
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import AsyncIterator, Callable
 
     from core.artifacts.stores import ArtifactStore
@@ -41,7 +42,7 @@ ROWS = b'{"prompt": "a", "completion": "b"}\n' * 8
 SECRET = "the-workers-own-secret"
 
 
-async def until(holds: Callable[[], Any], within_s: float = 15.0, every_s: float = 0.05) -> Any:
+async def until(holds: Callable[[], Any], within_s: float = 60.0, every_s: float = 0.05) -> Any:
     """Wait until `holds()` (or what it awaits) is true; returns it."""
     end = time.monotonic() + within_s
     while True:
@@ -71,7 +72,7 @@ class WorkerProcess:
     def signal(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
-    async def gone(self, within_s: float = 15.0) -> int:
+    async def gone(self, within_s: float = 60.0) -> int:
         await until(lambda: self.popen.poll() is not None, within_s)
         return self.popen.returncode
 
@@ -120,18 +121,15 @@ class Farm:
     async def worker(self, name: str = "one", **environment: str) -> WorkerProcess:
         """Start a worker; returns when it takes work."""
         output = self.folder / f"{name}.log"
-        with output.open("wb") as file:
-            popen = subprocess.Popen(
-                [sys.executable, "-m", "worker"],
-                cwd=ROOT,
-                env=self.environment(name, **environment),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        popen = spawn(
+            [sys.executable, "-m", "worker"],
+            log=output,
+            death_signal=signal.SIGKILL,  # a test run that is killed leaves no worker behind
+            environment=self.environment(name, **environment),
+        )
         worker = WorkerProcess(popen, name, output)
         self.workers.append(worker)
-        await until(lambda: popen.poll() is not None or "ready." in worker.text(), 30)
+        await until(lambda: popen.poll() is not None or "ready." in worker.text(), 90)
         assert popen.poll() is None, worker.text()
         return worker
 
@@ -217,7 +215,7 @@ class Farm:
         async with self.db.begin() as session:
             await getattr(JobRepository(session, self.project_id), wish)(public_id)
 
-    async def reaches(self, public_id: str, *states: str, within_s: float = 20.0) -> JobRow:
+    async def reaches(self, public_id: str, *states: str, within_s: float = 90.0) -> JobRow:
         """Wait until the job is in one of `states`."""
         end = time.monotonic() + within_s
         while (row := await self.job(public_id)).state not in states:
@@ -228,7 +226,7 @@ class Farm:
             await asyncio.sleep(0.05)
         return row
 
-    async def steps(self, public_id: str, count: int, within_s: float = 20.0) -> JobRow:
+    async def steps(self, public_id: str, count: int, within_s: float = 60.0) -> JobRow:
         """Wait until the record knows of step `count`."""
 
         async def far_enough() -> JobRow | None:
@@ -297,7 +295,7 @@ class Farm:
             await self._check_history(job)
             await self._check_artifacts(job)
         if all(job.owner is None for job in jobs):
-            await until(lambda: not self.trainers(), 3)
+            await until(lambda: not self.trainers())
 
     async def _check_history(self, job: JobRow) -> None:
         rows = await self.events(job.public_id)
@@ -346,7 +344,7 @@ async def open_farm(settings: Settings, db: Database, folder: Path) -> AsyncIter
         poke.set()
         await duties
         broker.close()
-    await until(lambda: not farm.trainers(), 6)
+    await until(lambda: not farm.trainers())
 
 
 @pytest_asyncio.fixture
