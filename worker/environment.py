@@ -25,17 +25,21 @@ def base_environment(own: Mapping[str, str]) -> dict[str, str]:
     kept = {
         name: value for name, value in own.items() if name in KEPT or name.startswith(KEPT_PREFIXES)
     }
-    return SHORT_SPIN | kept | {
-        # The base model lies on disk before a trainer starts; nothing is fetched by it.
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",  # its threads do not survive our forks
-        "PYTHONUNBUFFERED": "1",
-        # Else asking whether there is a device initialises it, and no fork survives that.
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    }
+    return (
+        SHORT_SPIN
+        | kept
+        | {
+            # The base model lies on disk before a trainer starts; nothing is fetched by it.
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "TOKENIZERS_PARALLELISM": "false",  # its threads do not survive our forks
+            "PYTHONUNBUFFERED": "1",
+            # Else asking whether there is a device initialises it, and no fork survives that.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        }
+    )
 
 
 def warm_environment(own: Mapping[str, str]) -> dict[str, str]:
