@@ -130,7 +130,7 @@ def _through(client: Tunery, story: Story, place: Place, body: dict[str, Any]) -
     story.step(f"uploading {HERE.name}/train.jsonl and validation.jsonl to {client.base_url}")
     for member in ("training_file", "validation_file"):
         body[member] = upload(client, HERE / body[member])
-    story.step("training a LoRA adapter (24 steps, about two minutes on two cores)")
+    story.step("training a LoRA adapter (40 steps, about three minutes on two cores)")
     job = train(client, body)
     if job.status != "succeeded":
         reason = f": {job.error.code}: {job.error.message}" if job.error else ""
