@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tunery import catalogue
 from tunery.data.formats import sorted_labels
@@ -29,6 +29,7 @@ from tunery.spec import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tunery.catalogue import Shelf
     from tunery.entries import Adapter, EntryConfig, Method, ModelShape, Task
     from tunery.request import JobRequest
     from tunery.spec import DataFile
@@ -94,26 +95,24 @@ def resolve(
     story = _Story()
     method = catalogue.find("methods", request.method.type, "method.type")
     transforms, read_as = _transforms(request, training, story)
-    task_use = _task(request, read_as, story)
-    task = catalogue.find("tasks", task_use.type, "ext.task")
-    adapter_use = _adapter(request, story)
-    adapter = catalogue.find("adapters", adapter_use.type, _adapter_path(request, "type"))
-    _check_fit(request, method, task, adapter, training, validation, read_as)
-    settings = _Settings(request, method, adapter, training, shape, devices or DeviceFacts())
+    task = _task(request, read_as, story)
+    adapter = _adapter(request, story)
+    _check_fit(request, method, task.entry, adapter.entry, training, validation, read_as)
+    settings = _Settings(request, method, adapter.entry, training, shape)
     config, multiplier = settings.resolve(story)
     compute = _compute(request, devices, story)
-    _check_strategy(request, adapter, compute)
+    _check_strategy(request, adapter.entry, compute)
     steps = total_steps(config, training.rows)
     spec = TrainingSpec(
         model=BaseModelRef(name=request.model, revision=revision),
-        task=task_use,
+        task=task.use,
         method=Use(type=method.name, config=config.model_dump(mode="json")),
-        adapter=adapter_use,
+        adapter=adapter.use,
         transforms=transforms,
         data=_data(training, validation, story),
         seed=request.seed if request.seed is not None else seed,
         compute=compute,
-        evaluation=_evaluation(request, task, validation, story),
+        evaluation=_evaluation(request, task.entry, validation, story),
         checkpoints=_checkpoints(request, steps, story),
         limits=Limits(max_runtime_s=request.ext.limits.max_runtime_s),
         init_from=InitFrom(**request.ext.init_from.model_dump()) if request.ext.init_from else None,
@@ -127,7 +126,7 @@ def resolve(
         spec=spec,
         sources=story.sources,
         warnings=story.warnings,
-        estimate=estimate(spec, adapter, shape, devices or DeviceFacts()),
+        estimate=_estimate(spec, config, steps, adapter, shape, devices or DeviceFacts()),
         hyperparameters={**shown, "learning_rate_multiplier": multiplier},
     )
 
@@ -159,7 +158,15 @@ def _adapter_path(request: JobRequest, key: str) -> str:
     return f"method.{request.method.type}.adapter.{key}"
 
 
-def _use(shelf: Any, given: Mapping[str, Any], param: str) -> Use:
+class _Choice(NamedTuple):
+    """An entry and its settings, checked, and as a spec writes them down."""
+
+    entry: Any
+    config: EntryConfig
+    use: Use
+
+
+def _choose(shelf: Shelf, given: Mapping[str, Any], param: str) -> _Choice:
     """Check an entry's settings against its own schema.
 
     Raises:
@@ -175,23 +182,23 @@ def _use(shelf: Any, given: Mapping[str, Any], param: str) -> Use:
     entry = catalogue.find(shelf, kind, f"{param}.type")
     values = {key: value for key, value in given.items() if key != "type" and value != "auto"}
     config: EntryConfig = validated(entry.Config, values, param)
-    return Use(type=kind, config=config.model_dump(mode="json"))
+    return _Choice(entry, config, Use(type=kind, config=config.model_dump(mode="json")))
 
 
-def _task(request: JobRequest, read_as: str, story: _Story) -> Use:
+def _task(request: JobRequest, read_as: str, story: _Story) -> _Choice:
     asked = request.ext.task
     if asked is None:
         kind = "text-classification" if read_as == "classification" else "text-generation"
         story.note("task.type", f"auto: the rows are {read_as} data")
-        return _use("tasks", {"type": kind}, "ext.task")
+        return _choose("tasks", {"type": kind}, "ext.task")
     story.note("task.type", "request")
-    return _use("tasks", {"type": asked} if isinstance(asked, str) else asked, "ext.task")
+    return _choose("tasks", {"type": asked} if isinstance(asked, str) else asked, "ext.task")
 
 
-def _adapter(request: JobRequest, story: _Story) -> Use:
+def _adapter(request: JobRequest, story: _Story) -> _Choice:
     given = request.method.adapter
     story.note("adapter.type", "request" if "type" in given else "default")
-    return _use("adapters", {"type": "lora", **given}, f"method.{request.method.type}.adapter")
+    return _choose("adapters", {"type": "lora", **given}, f"method.{request.method.type}.adapter")
 
 
 def _check_fit(
@@ -255,10 +262,9 @@ class _Settings:
         adapter: Adapter,
         training: DataFile,
         shape: ModelShape | None,
-        devices: DeviceFacts,
     ) -> None:
         self.method, self.adapter = method, adapter
-        self.training, self.shape, self.devices = training, shape, devices
+        self.training, self.shape = training, shape
         self.path = f"method.{method.name}.hyperparameters"
         self.given = {
             key: value
@@ -351,14 +357,13 @@ def _transforms(
     read_as: str = training.format
     for i, given in enumerate(asked):
         path = f"ext.transforms.{i}"
-        use = _use("transforms", given, path)
-        entry = catalogue.find("transforms", use.type)
+        entry, config, use = _choose("transforms", given, path)
         if read_as not in entry.formats:
             raise UnsupportedCombination(
                 f"transform {use.type!r} reads {_listed(entry.formats)} data, not {read_as} data",
                 param=path,
             )
-        read_as = entry.produces(entry.Config.model_validate(use.config), read_as)
+        read_as = entry.produces(config, read_as)
         uses.append(use)
     return tuple(uses), read_as
 
@@ -467,26 +472,26 @@ def _checkpoints(request: JobRequest, steps: int, story: _Story) -> Checkpoints:
     return Checkpoints(every_steps=every, keep=asked.keep)
 
 
-def estimate(
-    spec: TrainingSpec, adapter: Adapter, shape: ModelShape | None, devices: DeviceFacts
+def _estimate(
+    spec: TrainingSpec,
+    config: Any,
+    steps: int,
+    adapter: _Choice,
+    shape: ModelShape | None,
+    devices: DeviceFacts,
 ) -> dict[str, Any]:
     """Steps, tokens, memory and time before anything runs, with the basis said.
 
     FLOPs per token are 4N for an adapter on frozen weights (no weight gradient) and 6N for full
     training; time is given as a range, because the device's sustained rate is assumed.
     """
-    config = catalogue.find("methods", spec.method.type).Config.model_validate(spec.method.config)
-    steps = total_steps(config, spec.data.training.rows)
-    examples = steps * min(config.batch_size, spec.data.training.rows)  # type: ignore[attr-defined]
+    examples = steps * min(config.batch_size, spec.data.training.rows)
     per_row = spec.data.training.size_bytes / max(1, spec.data.training.rows) / BYTES_PER_TOKEN
-    tokens = int(examples * min(per_row, config.max_length))  # type: ignore[attr-defined]
+    tokens = int(examples * min(per_row, config.max_length))
     basis = {"steps": steps, "train_tokens": tokens, "basis": "modelled"}
     if shape is None or not shape.parameters:
         return {"available": False, "reason": "base_model_not_imported", **basis}
-    adapter_config = catalogue.find("adapters", spec.adapter.type).Config.model_validate(
-        spec.adapter.config
-    )
-    trainable = adapter.trainable_parameters(adapter_config, shape)
+    trainable: int = adapter.entry.trainable_parameters(adapter.config, shape)
     full = trainable >= shape.parameters
     flops = (6 if full else 4) * shape.parameters * tokens
     seconds = flops / (devices.flops_per_s * spec.compute.gpus * spec.compute.nodes)
