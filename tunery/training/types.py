@@ -306,8 +306,6 @@ class AdapterRun:
         task_type: PEFT's `TaskType` value.
         seed: initialisation must depend on nothing else.
         base_model_name: goes into `adapter_config.json` as `base_model_name_or_path`.
-        calibration: a few micro-batches, for initialisations that look at data; on the model's
-            device.
     """
 
     model: PreTrainedModel
@@ -316,7 +314,6 @@ class AdapterRun:
     seed: int
     base_model_name: str
     revision: str | None = None
-    calibration: Callable[[], Iterable[Batch]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
