@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import signal
 from typing import TYPE_CHECKING
 
@@ -9,27 +10,36 @@ if TYPE_CHECKING:
     from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STOP, _CHECKPOINT = 0, 1
 
 
 class StopFlag:
-    """Set from a signal handler or another thread, read at step boundaries."""
+    """Set from a signal handler or another thread, read at step boundaries.
+
+    It lies in memory that processes forked from this one share, whenever they are forked: what a
+    launcher hears, its ranks see, though a signal comes while one of them is being started.
+    """
 
     def __init__(self) -> None:
-        self.stop = False
-        self.checkpoint = False
+        self._asked = mmap.mmap(-1, 2)
+
+    @property
+    def stop(self) -> bool:
+        """Whether a stop was asked for."""
+        return bool(self._asked[_STOP])
 
     def request_stop(self) -> None:
         """Stop at the next optimizer step, with a resume checkpoint."""
-        self.stop = True
+        self._asked[_STOP] = 1
 
     def request_checkpoint(self) -> None:
         """Write a checkpoint at the next optimizer step and go on."""
-        self.checkpoint = True
+        self._asked[_CHECKPOINT] = 1
 
     def take_checkpoint(self) -> bool:
-        """Whether one was asked for since the last call."""
-        asked, self.checkpoint = self.checkpoint, False
-        return asked
+        """Whether one was asked for since the last call, of any process that shares this."""
+        asked, self._asked[_CHECKPOINT] = self._asked[_CHECKPOINT], 0
+        return bool(asked)
 
     def heed(self, number: int) -> None:
         """What a signal asks for: SIGTERM and SIGINT to stop, SIGUSR1 for a checkpoint."""
@@ -39,7 +49,7 @@ class StopFlag:
             self.request_stop()
 
     def install(self) -> None:
-        """Listen to `SIGNALS`; main thread only."""
+        """Listen to `SIGNALS`, here and in processes forked hereafter; main thread only."""
 
         def listen(number: int, frame: FrameType | None) -> None:
             self.heed(number)

@@ -7,9 +7,7 @@ job level, never here.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,18 +18,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers.utils.logging import disable_progress_bar
 
 from tunery.training import program
-from tunery.training.control import SIGNALS, StopFlag
+from tunery.training.control import StopFlag
 from tunery.training.protocol import EXIT_FAILED, EXIT_STOPPED, FailureEvent, RunOrder, read_event
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from tunery.training.protocol import Event
 
 RENDEZVOUS = "TUNERY_RENDEZVOUS"
 """Environment: host:port where the hosts of a run meet; unset on a single host."""
-_HEARD: list[int] = []
-"""Signals of this run so far: ranks that are forked later find them here."""
 
 
 def launch(workdir: Path, events_fd: int) -> int:
@@ -46,9 +40,10 @@ def launch(workdir: Path, events_fd: int) -> int:
     order = RunOrder.model_validate_json((workdir / "run.json").read_bytes())
     for left in workdir.glob("failure-rank*.json"):
         left.unlink()
-    _forward_signals()
+    stop = StopFlag()
+    stop.install()
     try:
-        codes = elastic_launch(_config(order), _rank)(str(workdir), events_fd)
+        codes = elastic_launch(_config(order), _rank)(str(workdir), events_fd, stop)
     except ChildFailedError as error:
         return _report(order, workdir, events_fd, error)
     return int(max(codes.values(), default=EXIT_FAILED))
@@ -73,16 +68,12 @@ def _config(order: RunOrder) -> LaunchConfig:
     )
 
 
-def _rank(workdir: str, events_fd: int) -> int:
+def _rank(workdir: str, events_fd: int, stop: StopFlag) -> int:
     """One rank, in its own process.
 
     A failed rank exits with an error, so that the launcher ends the others instead of leaving them
     to wait for it.
     """
-    stop = StopFlag()
-    stop.install()
-    for number in _HEARD:
-        stop.heed(number)
     _use_threads()
     folder = Path(workdir)
     order = RunOrder.model_validate_json((folder / "run.json").read_bytes())
@@ -130,17 +121,3 @@ def _report(order: RunOrder, workdir: Path, events_fd: int, error: ChildFailedEr
     rank, first = error.get_first_failure()
     print(f"rank {rank} ended with exit code {first.exitcode}", file=sys.stderr)  # noqa: T201 - the log
     return 128 - first.exitcode if first.exitcode < 0 else EXIT_FAILED
-
-
-def _forward_signals() -> None:
-    """What the supervisor tells this process, it tells the ranks."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        _HEARD.append(number)
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                os.kill(child.pid, number)
-
-    _HEARD.clear()
-    for number in SIGNALS:
-        signal.signal(number, forward)

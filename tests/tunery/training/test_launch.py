@@ -161,29 +161,6 @@ def test_a_stop_that_comes_before_the_ranks_is_not_lost(
     assert process.kind("checkpoint")[-1].step == 1
 
 
-def test_ranks_heed_what_their_launcher_had_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunery.training import launch, program
-
-    heard: list[tuple[bool, bool]] = []
-
-    def run(order: Any, folder: Any, emit: Any, stop: Any) -> int:
-        heard.append((stop.stop, stop.checkpoint))
-        return EXIT_DONE
-
-    monkeypatch.setattr(program, "run", run)
-    monkeypatch.setattr(launch.RunOrder, "model_validate_json", lambda text: None)
-    monkeypatch.setattr(launch, "_HEARD", [signal.SIGUSR1, signal.SIGTERM])
-    monkeypatch.setattr(launch.Path, "read_bytes", lambda path: b"")
-    monkeypatch.setenv("RANK", "0")
-    before = {number: signal.getsignal(number) for number in launch.SIGNALS}
-    try:
-        assert launch._rank("/nowhere", 1) == EXIT_DONE
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert heard == [(True, True)]
-
-
 def test_sigusr1_writes_a_checkpoint_and_goes_on(make_order: Any, chats: Any, start: Any) -> None:
     process = start(make_order(chats(10), config=LONG))
     process.until(at_step(2))
