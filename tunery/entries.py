@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from tunery.training.types import AdapterRun, MethodRun, Objective, TaskRuntime
 
-DataFormat = Literal["chat", "prompt_completion", "text", "preference", "classification"]
+DataFormat = str
+"""Name of a format that `tunery.data.formats` knows: chat, preference, classification, ..."""
 
 
 class EntryConfig(BaseModel):
@@ -126,7 +127,7 @@ class Task(Entry, Protocol):
     """WHAT the model does and is measured by."""
 
     formats: ClassVar[frozenset[str]]
-    """Data formats that it reads, in `DataFormat`'s words."""
+    """Data formats that it reads, by their names in `tunery.data.formats`."""
     metrics: ClassVar[tuple[str, ...]]
     """Names it can report, offline."""
     default_metrics: ClassVar[tuple[str, ...]]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tunery import catalogue
+from tunery.data import formats
 from tunery.data.formats import sorted_labels
 from tunery.errors import InvalidConfig, UnsupportedCombination
 from tunery.request import unknown_key, validated
@@ -188,7 +189,7 @@ def _choose(shelf: Shelf, given: Mapping[str, Any], param: str) -> _Choice:
 def _task(request: JobRequest, read_as: str, story: _Story) -> _Choice:
     asked = request.ext.task
     if asked is None:
-        kind = "text-classification" if read_as == "classification" else "text-generation"
+        kind = formats.find(read_as).task
         story.note("task.type", f"auto: the rows are {read_as} data")
         return _choose("tasks", {"type": kind}, "ext.task")
     story.note("task.type", "request")

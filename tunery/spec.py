@@ -43,7 +43,7 @@ class DataFile(_Frozen):
 
     file_id: str
     sha256: str
-    format: DataFormat
+    format: DataFormat = Field(pattern=r"^[a-z][a-z0-9_]*$")
     rows: int
     size_bytes: int
     suffix: Literal[".jsonl", ".jsonl.gz", ".csv", ".parquet", ".txt"] = ".jsonl"

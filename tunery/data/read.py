@@ -360,11 +360,6 @@ class _Records:
         self.start = self._record_bytes = 0
 
 
-_JSON_CELLS = frozenset(
-    {"messages", "tools", "input", "preferred_output", "non_preferred_output", "chosen", "rejected"}
-)
-
-
 def _csv_rows(file: BinaryIO, limits: Limits) -> Iterator[tuple[int, Row | BadRow]]:
     # Process-wide, and the only way to allow cells of more than 128 KiB; records are bounded above.
     csv.field_size_limit(max(csv.field_size_limit(), limits.row_bytes))
@@ -408,8 +403,8 @@ def _csv_row(header: list[str], cells: list[str], limits: Limits) -> Row | BadRo
 
 
 def _cell(name: str, cell: str, limits: Limits) -> Any:
-    """A cell's value: conversations are JSON in their cell, everything else is text."""
-    if name not in _JSON_CELLS:
+    """A cell's value: what a format says is JSON, such as conversations; else text."""
+    if name not in formats.json_columns():
         return cell
     if not cell:
         return None
@@ -543,7 +538,7 @@ def read_rows(
         InvalidData: a row is not sound; `problems[0]` has its line, code and path.
         OSError: the file cannot be opened.
     """
-    expected = None if format is None else formats.FORMATS[format]
+    expected = None if format is None else formats.find(format)
     line = 0
     try:
         for line, row in raw_rows(path, suffix, limits):

@@ -49,7 +49,7 @@ class Report:
             line and path are None for what concerns the whole file.
         problem_counts: all of them, by code.
         valid: there is no problem of severity `error`.
-        labels: of classification data, in id order.
+        labels: class names in id order; None for formats without classes.
         features: in how many rows something was seen: tools, system, weights, multi_turn.
     """
 
@@ -140,8 +140,8 @@ class _Tally:
         before = self._seen.add(digest(row, form), line)
         if before is not None:
             self.note(line, "duplicate_row", f"the same as line {before}", severity="warning")
-        if form.name == "classification" and len(self._labels) <= LABELS_LIMIT:
-            self._labels.add(row["label"])
+        if form.labels is not None and len(self._labels) <= LABELS_LIMIT:
+            self._labels.update(form.labels(row))
             if len(self._labels) > LABELS_LIMIT:
                 self.note(line, "too_many_labels", f"more than {LABELS_LIMIT} different labels")
 
@@ -159,7 +159,7 @@ class _Tally:
                 f"{rows} rows teach little; 50 is a start",
                 severity="warning",
             )
-        if self._format is not None and self._format.name == "classification":
+        if self._format is not None and self._format.labels is not None:
             self.report.labels = sorted_labels(self._labels)[:LABELS_LIMIT]
         return self.interim(None if self._format is None else self._format.name)
 
@@ -317,7 +317,7 @@ def overlap(
     Takes (line, normal row), as `read.read_rows` yields them. Each problem is a warning, `OVERLAP`,
     at a line of the validation file. Exact for up to half a million training rows.
     """
-    form = formats.FORMATS[format]
+    form = formats.find(format)
     trained = Digests()
     for line, row in training:
         trained.add(digest(row, form), line)
