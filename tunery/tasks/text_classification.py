@@ -9,7 +9,7 @@ from tunery.errors import BaseModelUnavailable, InvalidConfig, InvalidData
 from tunery.evaluation.classification import accuracy, macro_f1, weighted_f1
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tunery.training.types import (
         Batch,
         EncodeOptions,
+        Evaluated,
         Example,
         Layout,
         LossOutput,
@@ -150,7 +151,7 @@ class Runtime:
         return LossOutput(
             loss=loss,
             sums={"accuracy": (correct, loss.new_full((), len(predictions)))},
-            predictions=None if model.training else predictions,
+            outcomes={} if model.training else {"scores": logits_EC},
         )
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -179,20 +180,35 @@ class Runtime:
             self._heads[id(model)] = named[min(heads, key=len)] if heads else None
         return self._heads[id(model)]
 
-    def metrics(
-        self,
-        names: Sequence[str],
-        loss: float,
-        sums: Mapping[str, float],
-        truths: Sequence[int],
-        predictions: Sequence[int],
-    ) -> dict[str, float]:
+    def outcomes(
+        self, model: nn.Module, batch: Batch, out: LossOutput, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        return out.outcomes
+
+    def metrics(self, names: Sequence[str], seen: Evaluated) -> dict[str, float]:
         """`loss` in nats per example; accuracy and the F1 means in 0..1."""
-        values = {"loss": loss} if "loss" in names else {}
+        truths = [int(outcome.example.target) for outcome in seen.outcomes]  # type: ignore[arg-type]
+        predictions = [int(outcome.values["scores"].argmax()) for outcome in seen.outcomes]
+        values = {"loss": seen.loss} if "loss" in names else {}
         for name in names:
             if name in _SCORERS and truths:
                 values[name] = _SCORERS[name](truths, predictions)
         return values
+
+    def predictions(self, seen: Evaluated) -> Iterator[dict[str, Any]]:
+        """The likeliest label, the true one, and the probability of each."""
+        import numpy as np
+
+        for outcome in seen.outcomes:
+            scores_C = outcome.values["scores"]
+            shares_C = np.exp(scores_C - scores_C.max())
+            shares_C /= shares_C.sum()
+            yield {
+                "row": outcome.example.row,
+                "prediction": seen.labels[int(scores_C.argmax())],
+                "label": seen.labels[int(outcome.example.target)],  # type: ignore[arg-type]
+                "probabilities": dict(zip(seen.labels, shares_C.round(6).tolist(), strict=True)),
+            }
 
 
 def _class_id(label: Any, labels: tuple[str, ...], index: int) -> int:

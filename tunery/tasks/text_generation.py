@@ -9,16 +9,17 @@ from tunery.errors import BaseModelUnavailable
 from tunery.evaluation.language import perplexity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tunery.training.types import (
         Batch,
         EncodeOptions,
+        Evaluated,
         Example,
         Layout,
         LossOutput,
@@ -114,23 +115,25 @@ class Runtime:
             loss=weighted.sum(), sums={"mean_token_accuracy": (losses.correct.sum(), count)}
         )
 
-    def metrics(
-        self,
-        names: Sequence[str],
-        loss: float,
-        sums: Mapping[str, float],
-        truths: Sequence[int],
-        predictions: Sequence[int],
-    ) -> dict[str, float]:
+    def outcomes(
+        self, model: nn.Module, batch: Batch, out: LossOutput, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        return out.outcomes
+
+    def metrics(self, names: Sequence[str], seen: Evaluated) -> dict[str, float]:
         """`loss` as the method defines it; perplexity is exp of nats per token; accuracy in 0..1.
 
         Without token accuracy the loss is not a likelihood (DPO's, say) and has no perplexity.
         """
-        known = {"loss": loss}
-        if "mean_token_accuracy" in sums:
-            known["perplexity"] = perplexity(loss)
-            known["token_accuracy"] = sums["mean_token_accuracy"]
+        known = {"loss": seen.loss}
+        if "mean_token_accuracy" in seen.sums:
+            known["perplexity"] = perplexity(seen.loss)
+            known["token_accuracy"] = seen.sums["mean_token_accuracy"]
         return {name: known[name] for name in names if name in known}
+
+    def predictions(self, seen: Evaluated) -> Iterator[dict[str, Any]]:
+        """None: what is scored is the likelihood of given answers."""
+        return iter(())
 
 
 ENTRY: type[Task] = TextGeneration

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tunery.training.types import IGNORE, Batch
+from tunery.training.types import IGNORE, TAGS, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 
 def collate(
-    examples: Sequence[Example], *, layout: Layout, pad_id: int, mask: bool = False
+    examples: Sequence[Example],
+    *,
+    layout: Layout,
+    pad_id: int,
+    mask: bool = False,
+    inputs: Sequence[str] = (),
 ) -> Batch:
     """A micro-batch on the CPU.
 
     Args:
         mask: give padded rows their attention mask. A causal model needs none: padding stands on
             the right, where no real token can look.
+        inputs: which of the examples' arrays the model takes, stacked, by its argument's name.
     """
     documents = [document for example in examples for document in example.documents]
     lengths = np.array([len(document.input_ids) for document in documents], dtype=np.int64)
@@ -30,6 +36,8 @@ def collate(
     starts = np.cumsum(lengths) - lengths if layout == "packed" else np.arange(len(lengths)) * width
     where, ids, owners, weights = _targets(documents, starts)
     padded = layout == "rows" and bool((lengths != width).any())
+    tracks = _tracks(documents, layout, width)
+    tags = tracks.pop(TAGS, None)
     return Batch(
         input_ids=_input_ids(documents, layout, width, pad_id),
         attention_mask=_mask(lengths, width) if mask and padded else None,
@@ -40,12 +48,36 @@ def collate(
         target_ids=torch.from_numpy(ids),
         target_weights=None if (weights == 1).all() else torch.from_numpy(weights),
         target_documents=torch.from_numpy(owners),
-        targets=_classes(examples),
+        targets=_of_examples(examples),
         indices=tuple(example.index for example in examples),
         documents=len(documents),
         tokens=int(lengths.sum()),
-        supervised=len(ids),
+        supervised=len(ids) if tags is None else int((tags != IGNORE).sum()),
+        extras={**tracks, **{name: stacked(examples, name) for name in inputs}},
+        tags=tags,
     )
+
+
+def stacked(examples: Sequence[Example], name: str) -> torch.Tensor:
+    """The array of that name of all examples, which have one shape: (E, ...)."""
+    return torch.from_numpy(np.stack([example.arrays[name] for example in examples]))
+
+
+def _tracks(documents: Sequence[Document], layout: Layout, width: int) -> dict[str, torch.Tensor]:
+    """The tracks of all documents, (B, T); padding is 0, of tags `IGNORE`."""
+    names = {name for document in documents for name in document.tracks}
+    return {name: _track(documents, name, layout, width) for name in sorted(names)}
+
+
+def _track(documents: Sequence[Document], name: str, layout: Layout, width: int) -> torch.Tensor:
+    parts = [document.tracks.get(name, np.zeros_like(document.labels)) for document in documents]
+    dtype = np.int64 if np.issubdtype(parts[0].dtype, np.integer) else parts[0].dtype
+    if layout == "packed":
+        return torch.from_numpy(np.concatenate(parts).astype(dtype))[None]
+    rows = np.full((len(parts), width), IGNORE if name == TAGS else 0, dtype=dtype)
+    for row, part in zip(rows, parts, strict=True):
+        row[: len(part)] = part
+    return torch.from_numpy(rows)
 
 
 def _targets(
@@ -87,7 +119,9 @@ def _boundaries(lengths: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
-def _classes(examples: Sequence[Example]) -> torch.Tensor | None:
-    if any(example.target is None for example in examples):
+def _of_examples(examples: Sequence[Example]) -> torch.Tensor | None:
+    """Class ids, int64 (E,), or target arrays, (E, ...)."""
+    targets = [example.target for example in examples]
+    if any(target is None for target in targets):
         return None
-    return torch.tensor([example.target for example in examples], dtype=torch.int64)
+    return torch.from_numpy(np.stack([np.asarray(target) for target in targets]))

@@ -20,9 +20,12 @@ from tunery.errors import NonFiniteLoss
 from tunery.training import batching, memory
 from tunery.training.features import Switches
 from tunery.training.meter import LOSS, Meter, Reading
+from tunery.training.types import Evaluated, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
 
     from tunery.training.batching import MicroBatch
     from tunery.training.control import StopFlag
@@ -94,6 +97,7 @@ class Loop:
     Args:
         train, valid: encoded data; `valid` may be None.
         state: a fresh one, or a resumed run's.
+        tokenizer, labels: what evaluations are put into words with.
     """
 
     def __init__(
@@ -110,8 +114,11 @@ class Loop:
         saver: Saver,
         stop: StopFlag,
         state: LoopState | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        labels: tuple[str, ...] = (),
     ) -> None:
         self.engine, self.objective, self.task = engine, objective, task
+        self.tokenizer, self.labels = tokenizer, labels
         self.train, self.valid = train, valid
         self.settings, self.device = settings, device
         self.reporter, self.saver, self.stop = reporter, saver, stop
@@ -397,48 +404,51 @@ class Loop:
 
     def evaluate(self, store: TokenStore) -> dict[str, float]:
         """Metrics over all of `store`, by all ranks, as `valid_<name>`."""
+        seen = self.examine(store)
+        metrics = self.task.metrics(self.settings.metrics, seen)
+        named = {"loss": seen.loss, **seen.sums, **metrics}
+        if "mean_token_accuracy" in named:
+            named.pop("token_accuracy", None)
+        return {f"valid_{name}": value for name, value in named.items()}
+
+    def examine(self, store: TokenStore) -> Evaluated:
+        """What the model makes of all of `store`, gathered from all ranks."""
         self.engine.model.eval()
         while True:
             with memory.attempt(alone=not self.engine.even) as tried:
-                reading, truths, predictions = self._evaluated(store)
+                mine = self._examined(store)
             (failed,) = self.engine.agree(tried.failed)
             if not failed:
                 break
             self._shrink(tried.failed)
         self.engine.model.train()
-        total, pairs = Reading(), []
-        for other, *labels in self.engine.gather((reading, truths, predictions)):
-            total.add(other)
-            pairs += list(zip(*labels, strict=True))
+        total, values = Reading(), dict[int, dict[str, np.ndarray]]()
+        for reading, kept in self.engine.gather(mine):
+            total.add(reading)
+            values |= kept
         means = total.means()
         loss = means.pop(LOSS)
-        metrics = self.task.metrics(
-            self.settings.metrics, loss, means, [t for t, _ in pairs], [p for _, p in pairs]
-        )
-        named = {"loss": loss, **means, **metrics}
-        if "mean_token_accuracy" in named:
-            named.pop("token_accuracy", None)
-        return {f"valid_{name}": value for name, value in named.items()}
+        outcomes = [Outcome(store[number], values[number]) for number in sorted(values)]
+        return Evaluated(loss, means, outcomes, self.tokenizer, self.labels)
 
     @torch.no_grad()
-    def _evaluated(self, store: TokenStore) -> tuple[Reading, list[int], list[int]]:
-        """This rank's share."""
+    def _examined(self, store: TokenStore) -> tuple[Reading, dict[int, dict[str, np.ndarray]]]:
+        """This rank's share: sums, and by example number what the task keeps of it."""
         meter = Meter()
-        truths: list[torch.Tensor] = []
-        predictions: list[torch.Tensor] = []
+        kept: dict[int, dict[str, np.ndarray]] = {}
         planned = self._plan(store, np.arange(len(store)))
         with self._batches(store, planned) as batches:
             for micro, batch in zip(planned, batches, strict=True):
                 out = self.objective.loss(self.engine.model, batch)
+                outcomes = self.task.outcomes(self.engine.model, batch, out, self.settings.metrics)
                 if micro.ghost:
                     continue
                 self._note(meter, store, micro, out, 0)
-                if out.predictions is not None and batch.targets is not None:
-                    truths.append(batch.targets)
-                    predictions.append(out.predictions)
+                if outcomes:
+                    kept |= _by_example(micro.examples, outcomes)
         reading = meter.read()
         reading.bad = None  # A validation loss may overflow without harm to the training.
-        return reading, _listed(truths), _listed(predictions)
+        return reading, kept
 
     # Checkpoints
 
@@ -455,8 +465,18 @@ class Loop:
                 self.reporter.phase("training")
 
 
-def _listed(parts: list[torch.Tensor]) -> list[int]:
-    return torch.cat(parts).tolist() if parts else []
+def _by_example(
+    numbers: Sequence[int], outcomes: Mapping[str, torch.Tensor]
+) -> dict[int, dict[str, np.ndarray]]:
+    """Each example's row of every tensor, on the host."""
+    host = {
+        name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+        for name, value in outcomes.items()
+    }
+    return {
+        number: {name: value[row] for name, value in host.items()}
+        for row, number in enumerate(numbers)
+    }
 
 
 class _Clock:

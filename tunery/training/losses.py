@@ -147,7 +147,7 @@ def _compacted(hidden_BTH: Tensor, batch: Batch) -> Tensor:
 
 def _flat_positions(batch: Batch, width: int) -> Tensor:
     """`target_positions` in rows of `width`, which prompt tuning makes longer in front."""
-    given = batch.input_ids.shape[1]
+    given = batch.width
     if width == given:
         return batch.target_positions
     row = torch.div(batch.target_positions, given, rounding_mode="floor")

@@ -153,9 +153,9 @@ class _Survey:
     def add(self, example: Example) -> None:
         self.lengths.append(example.longest)
         self.tokens += example.tokens
-        if example.target is not None:
+        if isinstance(example.target, int):
             self.classes[example.target] += 1
-        else:
+        elif example.target is None:
             self._add_tokens(example)
         for kind in self._kinds(example):
             self.by_kind.setdefault(kind, _Rows()).add(example.index)
@@ -163,11 +163,12 @@ class _Survey:
     def _add_tokens(self, example: Example) -> None:
         trained = sum(document.supervised for document in example.documents)
         self.trained += trained
-        # A document's first token can never be trained.
-        possible = example.tokens - len(example.documents)
+        # A document's first token can never be predicted.
+        tagged = any(document.tags is not None for document in example.documents)
+        possible = example.tokens - (0 if tagged else len(example.documents))
         self.shares.append(trained / possible if possible else 0.0)
         for document in example.documents:
-            if document.supervised and not self._cut(document):
+            if document.supervised and document.tags is None and not self._cut(document):
                 self.stops[_last_trained(document)] += 1
 
     def _kinds(self, example: Example) -> Iterator[str]:
@@ -189,7 +190,8 @@ class _Survey:
             yield "rows_without_trained_tokens"
         if len(documents) == 2 and np.array_equal(documents[0].input_ids, documents[1].input_ids):
             yield "equal_replies"
-        ends = [_last_trained(d) for d in documents if d.supervised and not self._cut(d)]
+        predicted = [d for d in documents if d.supervised and d.tags is None]
+        ends = [_last_trained(d) for d in predicted if not self._cut(d)]
         if any(end not in self.specials for end in ends):
             yield "stop_token_not_trained"
 
@@ -219,7 +221,9 @@ class _Survey:
             bos_token=self.tokenizer.bos_token if self.adds_bos else None,
             pad_is_eos=self.pad is not None and self.pad == self.eos,
             template_sha256=template_sha256(self.tokenizer),
-            labels={name: self.classes[i] for i, name in enumerate(names)} if names else None,
+            labels={name: self.classes[i] for i, name in enumerate(names)}
+            if self.classes
+            else None,
             findings=tuple(self._findings()),
         )
 
@@ -279,7 +283,7 @@ class _Survey:
                 "chat template",
             )
         missing = [i for i in range(len(self.options.labels or ())) if not self.classes[i]]
-        if missing and self.lengths:
+        if missing and self.classes:
             yield _warning(
                 "labels_without_rows", f"{len(missing)} labels have no row to learn from", None
             )

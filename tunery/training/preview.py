@@ -156,7 +156,7 @@ def _row(
         row=example.index,
         documents=tuple(_document(document, tokenizer) for document in example.documents),
         label=options.labels[example.target]
-        if options.labels and example.target is not None
+        if options.labels and isinstance(example.target, int)
         else None,
     )
 
@@ -164,8 +164,9 @@ def _row(
 def _document(document: Document, tokenizer: PreTrainedTokenizerBase) -> PreviewDocument:
     special = special_ids(tokenizer)
     ids = document.input_ids.tolist()
-    trained = (document.labels != IGNORE).tolist()
-    trained[:1] = [False] * len(trained[:1])  # There is nothing to predict the first token from.
+    trained = ((document.labels if document.tags is None else document.tags) != IGNORE).tolist()
+    if document.tags is None:
+        trained[:1] = [False] * len(trained[:1])  # There is nothing to predict it from.
     return PreviewDocument(
         tokens=tuple(
             Token(id=token, text=text, trained=learnt, special=token in special)

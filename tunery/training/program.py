@@ -510,6 +510,8 @@ class Trainer:
             saver=checkpoints,
             stop=self.stop,
             state=self.state,
+            tokenizer=self.tokenizer,
+            labels=spec.data.training.labels or (),
         )
         try:
             done = loop.run()

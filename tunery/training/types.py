@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 """Label of a position that is not supervised, as everywhere in transformers."""
+TAGS = "tags"
+"""The track of class ids of the tokens themselves."""
 
 Layout = Literal["rows", "packed"]
 """rows: a document per row, padded on the right. packed: one row, documents end to end, positions
@@ -49,16 +51,25 @@ class Document:
             shifted; `labels[0]` is never learnt, there is nothing to predict it from.
         weight: multiplies the loss of each of its supervised tokens, and counts as much in the
             normaliser.
+        tracks: further arrays with an entry per token, shape (T,), by name: `tags`, see below, or
+            an argument of the model such as `token_type_ids`; 0 where a document has none.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     weight: float = 1.0
+    tracks: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def tags(self) -> np.ndarray | None:
+        """Class id of each token itself, `IGNORE` where it has none: int, (T,); not shifted."""
+        return self.tracks.get(TAGS)
 
     @property
     def supervised(self) -> int:
-        """Number of tokens that are predicted and scored."""
-        return int((self.labels[1:] != IGNORE).sum())
+        """Number of tokens that are predicted, or classified, and scored."""
+        scored = self.labels[1:] if self.tags is None else self.tags
+        return int((scored != IGNORE).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +78,24 @@ class Example:
 
     Attributes:
         documents: one for supervised tasks; (preferred, non-preferred) for preference rows.
-        target: class id for classification; None where the labels are tokens.
-        index: row number in its file, from 0; names the row wherever the example is spoken of.
+        target: class id for classification; an array of one shape over the file for what else
+            belongs to the whole example, such as a number, a multi-hot vector or a span; None
+            where the labels are tokens.
+        index: row number in its file, from 0, or -1, -2, ... for held-out rows; names the row
+            wherever the example is spoken of.
+        arrays: further arrays by name, of any shape: pixel values, audio features, places of the
+            tokens in the text. All examples of a file have the same names.
     """
 
     documents: tuple[Document, ...]
-    target: int | None
+    target: int | np.ndarray | None
     index: int
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def row(self) -> int:
+        """Row number in its file, from 0; held-out rows have indices -1, -2, ..."""
+        return self.index if self.index >= 0 else -1 - self.index
 
     @property
     def tokens(self) -> int:
@@ -115,7 +137,8 @@ class Batch:
     """int64 (S,): the document, 0..D-1, that each belongs to. Documents keep the examples' order:
     with two documents per example, 2e is example e's first and 2e+1 its second."""
     targets: Tensor | None
-    """int64 (E,): class ids; None where the labels are tokens."""
+    """int64 (E,): class ids, or the examples' target arrays, (E, ...); None where the labels are
+    tokens."""
     indices: tuple[int, ...]
     """`Example.index` of each example, length E."""
     documents: int
@@ -126,6 +149,16 @@ class Batch:
     """S."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """What else a task's model wants, by argument name."""
+    tags: Tensor | None = None
+    """int64 (B, T): class ids of the tokens themselves, `IGNORE` where there are none."""
+    feeds_tokens: bool = True
+    """Whether the tokens are the model's input; else all that it reads is in `extras`."""
+
+    @property
+    def width(self) -> int:
+        """Positions of a row of the model's answer, which `target_positions` count: those of the
+        decoder's tokens where a decoder has its own."""
+        return int(self.extras.get("decoder_input_ids", self.input_ids).shape[1])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch there; the copy does not block when the tensors are pinned."""
@@ -149,12 +182,12 @@ class Batch:
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward."""
-        given = {
+        tokens = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
-            **self.extras,
         }
+        given = {**(tokens if self.feeds_tokens else {}), **self.extras}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -185,12 +218,45 @@ class LossOutput:
             pairs, examples). The loop divides by the units of the whole optimizer step, over all
             micro-batches and ranks, so that how a step is cut never changes its gradient.
         sums: metrics, such as `mean_token_accuracy` or `rewards/margins`.
-        predictions: int64 (E,), evaluation of classification only.
+        outcomes: what is to be kept of each example of an evaluated batch, by name; first axis E.
+            Empty in training.
     """
 
     loss: Tensor
     sums: Sums = field(default_factory=dict)
-    predictions: Tensor | None = None
+    outcomes: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one evaluated example.
+
+    Attributes:
+        example: as it was encoded.
+        values: its row of each of the batch's `TaskRuntime.outcomes`, on the host.
+    """
+
+    example: Example
+    values: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """All that an evaluation saw, over all ranks.
+
+    Attributes:
+        loss: mean over units.
+        sums: the means of `LossOutput.sums`.
+        outcomes: of all examples, in the order of the file; empty where the task keeps none.
+        tokenizer: None only where no task's text is at stake, as in tests of the loop.
+        labels: class names in id order.
+    """
+
+    loss: float
+    sums: Mapping[str, float] = field(default_factory=dict)
+    outcomes: Sequence[Outcome] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
+    labels: tuple[str, ...] = ()
 
 
 class Objective(Protocol):
@@ -279,21 +345,22 @@ class TaskRuntime(Protocol):
         """The task's own maximum-likelihood loss, summed over units."""
         ...
 
-    def metrics(
-        self,
-        names: Sequence[str],
-        loss: float,
-        sums: Mapping[str, float],
-        truths: Sequence[int],
-        predictions: Sequence[int],
-    ) -> dict[str, float]:
-        """The named evaluation metrics.
+    def outcomes(
+        self, model: nn.Module, batch: Batch, out: LossOutput, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """What is kept of each example of an evaluated batch, by name; first axis E.
 
-        Args:
-            loss: mean over units.
-            sums: the means of `LossOutput.sums`.
-            truths, predictions: class ids of all examples; empty where the labels are tokens.
+        Usually `out.outcomes`. A task may ask the model again here, for instance to generate, where
+        one of the metrics' `names` needs it.
         """
+        ...
+
+    def metrics(self, names: Sequence[str], seen: Evaluated) -> dict[str, float]:
+        """The named evaluation metrics, as far as what was seen allows."""
+        ...
+
+    def predictions(self, seen: Evaluated) -> Iterator[dict[str, Any]]:
+        """A row per example, plain JSON: `row`, its number in the file, and what was answered."""
         ...
 
 

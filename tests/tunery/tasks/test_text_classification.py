@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -19,7 +20,15 @@ from transformers import (
 from tunery import catalogue
 from tunery.errors import BaseModelUnavailable, InvalidConfig, InvalidData
 from tunery.tasks.text_classification import TextClassification
-from tunery.training.types import AdapterRun, EncodeOptions, MethodRun
+from tunery.training.types import (
+    AdapterRun,
+    Document,
+    EncodeOptions,
+    Evaluated,
+    Example,
+    MethodRun,
+    Outcome,
+)
 
 LABELS = ("ham", "spam", "unsure")
 WORDS = ["<pad>", "<eos>", "[CLS]", "[SEP]", "[UNK]", "win", "a", "prize", "see", "you", "now"]
@@ -87,8 +96,7 @@ def test_the_loss_is_that_of_transformers_summed(kind: str, folders: dict[str, P
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.targets
         )
     assert ours.loss.item() / len(ROWS) == pytest.approx(theirs.loss.item(), abs=1e-6)
-    assert ours.predictions is not None
-    assert torch.equal(ours.predictions, theirs.logits.argmax(1))
+    assert torch.equal(ours.outcomes["scores"].argmax(1), theirs.logits.argmax(1))
     correct, count = ours.sums["accuracy"]
     assert correct.item() == (theirs.logits.argmax(1) == torch.tensor([1, 0, 2])).sum().item()
     assert count.item() == 3
@@ -175,9 +183,32 @@ def test_a_folder_without_a_model_is_said_so(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def evaluated(targets: list[int], scores: list[list[float]]) -> Evaluated:
+    nothing = np.zeros(0, np.int32)
+    outcomes = [
+        Outcome(
+            Example((Document(nothing, nothing),), target, -1 - row),
+            {"scores": np.array(said, np.float32)},
+        )
+        for row, (target, said) in enumerate(zip(targets, scores, strict=True))
+    ]
+    return Evaluated(0.5, outcomes=outcomes, labels=("no", "yes"))
+
+
+def test_predictions_name_row_labels_and_probabilities() -> None:
+    (row,) = runtime(None).predictions(evaluated([1], [[0.0, np.log(3.0)]]))
+    assert row == {
+        "row": 0,
+        "prediction": "yes",
+        "label": "yes",
+        "probabilities": {"no": 0.25, "yes": 0.75},
+    }
+
+
 def test_metrics_by_hand() -> None:
     names = ["loss", "accuracy", "macro_f1", "weighted_f1", "unknown"]
-    values = runtime(None).metrics(names, 0.5, {}, [0, 0, 1], [0, 1, 1])
+    seen = evaluated([0, 0, 1], [[2, 1], [0, 1], [0, 4]])
+    values = runtime(None).metrics(names, seen)
     assert values == {
         "loss": 0.5,
         "accuracy": pytest.approx(2 / 3),
@@ -205,5 +236,4 @@ def test_training_learns_the_labels(
         optimizer.step()
     with torch.no_grad():
         out = task.supervised_loss(model.eval(), batch, run())
-    assert out.predictions is not None
-    assert out.predictions.tolist() == [1, 0, 2]
+    assert out.outcomes["scores"].argmax(1).tolist() == [1, 0, 2]

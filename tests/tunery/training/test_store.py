@@ -8,6 +8,7 @@ import pytest
 from tunery.errors import InvalidData
 from tunery.training import store as module
 from tunery.training.store import TokenStore, build, cache_key
+from tunery.training.types import Document, Example
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,62 @@ def test_what_comes_out_is_what_went_in(
     assert store.units.tolist() == [units(e) for e in examples]
     assert store.supervised.tolist() == [sum(d.supervised for d in e.documents) for e in examples]
     assert store.total_tokens == sum(e.tokens for e in examples)
+
+
+def example(index: int, length: int, target: Any = None, **more: Any) -> Example:
+    ids = np.arange(length, dtype=np.int32)
+    tracks = more.pop("tracks", {})
+    return Example((Document(ids, ids, tracks=tracks),), target, index, more)
+
+
+@pytest.mark.parametrize("flush", [1, 1 << 20])
+def test_tracks_arrays_and_array_targets_come_back(
+    tmp_path: Path, flush: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FLUSH", flush)
+    draw = np.random.default_rng(0)
+    made = [
+        example(
+            number,
+            number + 1,
+            draw.random(3).astype(np.float32),
+            pixels=draw.random((2, number)).astype(np.float32),
+            places=np.array([number, -number]),
+            score=np.float64(number),
+            tracks={"tags": np.arange(number + 1, dtype=np.int32)},
+        )
+        for number in range(4)
+    ]
+    store = build(iter(made), units, tmp_path / "s")
+    for number, before in enumerate(made):
+        after = store[number]
+        assert isinstance(after.target, np.ndarray)
+        assert after.target.dtype == np.float32
+        np.testing.assert_array_equal(after.target, before.target)
+        assert after.arrays.keys() == before.arrays.keys()
+        for name, array in before.arrays.items():
+            np.testing.assert_array_equal(after.arrays[name], array)
+            assert after.arrays[name].shape == array.shape
+        tags = after.documents[0].tags
+        assert tags is not None
+        assert tags.tolist() == list(range(number + 1))
+    assert store.supervised.tolist() == [1, 2, 3, 4]
+
+
+def test_a_track_that_a_document_lacks_is_zero_there(tmp_path: Path) -> None:
+    types = np.ones(2, dtype=np.int32)
+    made = [example(0, 3), example(1, 2, tracks={"token_type_ids": types}), example(2, 1)]
+    store = build(made, units, tmp_path / "s")
+    read = [store[number].documents[0].tracks["token_type_ids"].tolist() for number in range(3)]
+    assert read == [[0, 0, 0], [1, 1], [0]]
+
+
+def test_examples_with_other_arrays_than_the_first_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"arrays \[\], not \['pixels'\]"):
+        build([example(0, 1, pixels=np.zeros(3)), example(1, 1)], units, tmp_path / "s")
+    pixels = (np.zeros((1, 3)), np.zeros(3))
+    with pytest.raises(ValueError, match="1 axes, not 2"):
+        build([example(i, 1, pixels=p) for i, p in enumerate(pixels)], units, tmp_path / "s")
 
 
 def test_a_store_that_is_there_is_not_built_again(lab: Any, tmp_path: Path) -> None:
