@@ -19,7 +19,7 @@ from bench.figures import Figure
 from bench.service import ServiceUnderTest
 from worker.environment import SHORT_SPIN
 
-STEPS = 100
+STEPS = 200
 SKIPPED = 20
 LOOK_S = 1.0
 """Between two looks at the job: each costs a connection and a query."""
