@@ -1,7 +1,8 @@
 """Finds every entry of every shelf, and publishes it.
 
 Entries are found by package discovery and, for other people's packages, by entry points in the
-groups `tunery.adapters`, `tunery.methods`, `tunery.tasks` and `tunery.transforms`.
+groups `tunery.adapters`, `tunery.methods`, `tunery.tasks`, `tunery.transforms` and
+`tunery.rewards`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args, overload
 from tunery.errors import InvalidConfig
 
 if TYPE_CHECKING:
-    from tunery.entries import Adapter, Entry, Method, Task, Transform
+    from tunery.entries import Adapter, Entry, Method, Reward, Task, Transform
 
-Shelf = Literal["adapters", "methods", "tasks", "transforms"]
+Shelf = Literal["adapters", "methods", "tasks", "transforms", "rewards"]
 SHELVES: tuple[Shelf, ...] = get_args(Shelf)
 
 
@@ -57,6 +58,8 @@ def find(shelf: Literal["methods"], name: str, param: str = ...) -> Method: ...
 def find(shelf: Literal["tasks"], name: str, param: str = ...) -> Task: ...
 @overload
 def find(shelf: Literal["transforms"], name: str, param: str = ...) -> Transform: ...
+@overload
+def find(shelf: Literal["rewards"], name: str, param: str = ...) -> Reward: ...
 @overload
 def find(shelf: Shelf, name: str, param: str = ...) -> Entry: ...
 def find(shelf: Shelf, name: str, param: str = "type") -> Any:

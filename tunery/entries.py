@@ -1,13 +1,14 @@
 """What an entry of each shelf promises.
 
 An entry is a module (or a folder) on a shelf: `tunery/adapters`, `tunery/methods`, `tunery/tasks`,
-`tunery/transforms`. Its last line, `ENTRY: type[Adapter] = Lora`, is how `tunery.catalogue`
-finds it and where mypy checks that it fits. Nothing at module level may import torch: the API
-reads every entry to publish its schema and to check requests.
+`tunery/transforms`, `tunery/rewards`. Its last line, `ENTRY: type[Adapter] = Lora`, is how
+`tunery.catalogue` finds it and where mypy checks that it fits. Nothing at module level may import
+torch: the API reads every entry to publish its schema and to check requests.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -141,8 +142,10 @@ class Task(Entry, Protocol):
 class Method(Entry, Protocol):
     """HOW training goes. `Config` extends `Hyperparameters`."""
 
-    formats: ClassVar[frozenset[str]]
-    tasks: ClassVar[frozenset[str]]
+    formats: ClassVar[frozenset[str] | None]
+    """Data formats that it trains on; None means all whose rows say the right answer."""
+    tasks: ClassVar[frozenset[str] | None]
+    """Tasks it works with; None means all."""
     learning_rate_factor: ClassVar[float]
     """Multiplies the adapter's default learning rate: preference methods want less."""
     example_row: ClassVar[Mapping[str, Any]]
@@ -166,6 +169,46 @@ class Transform(Entry, Protocol):
         self, config: Any, rows: Sequence[dict[str, Any]], tokenizer: Any
     ) -> list[dict[str, Any]]:
         """Rows in, rows out. `tokenizer` is a transformers tokenizer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A completion, and the row of the data file that it answers."""
+
+    item: Mapping[str, Any]
+    output_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What a reward says of a sample.
+
+    Attributes:
+        reward: None where the reward does not apply: such a sample teaches nothing.
+        parts: of a reward that is made of others, theirs by name.
+        error: why the sample could not be graded as it should have been.
+    """
+
+    reward: float | None
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    error: str | None = None
+
+
+class Reward(Entry, Protocol):
+    """HOW GOOD a completion is, for methods that learn from their own. Its settings stand in a
+    request as `{type, name?, ...settings}`."""
+
+    def templates(self, config: Any) -> Sequence[str]:
+        """The templates that grading renders: what they name is looked for in every row first."""
+        ...
+
+    def grade(self, config: Any, samples: Sequence[Sample]) -> list[Grade]:
+        """A grade for each sample, in order.
+
+        Raises:
+            tunery.errors.InvalidData: a row cannot be graded by; never for what a model said.
+        """
         ...
 
 
