@@ -211,12 +211,12 @@ def _check_fit(
     validation: DataFile | None,
     read_as: str,
 ) -> None:
-    usable = method.formats & task.formats
+    usable = _trained_on(method) & task.formats
     if read_as not in usable:
         others = sorted(
             name
-            for name, other in catalogue.entries("methods").items()
-            if read_as in other.formats  # type: ignore[attr-defined]
+            for name in catalogue.entries("methods")
+            if read_as in _trained_on(catalogue.find("methods", name))
         )
         after = "" if read_as == training.format else f", read as {read_as} data"
         raise UnsupportedCombination(
@@ -232,7 +232,7 @@ def _check_fit(
             hint="both must have one format",
             param="validation_file",
         )
-    if task.name not in method.tasks:
+    if method.tasks is not None and task.name not in method.tasks:
         raise UnsupportedCombination(
             f"method {method.name!r} works on {_listed(method.tasks)}, not on {task.name!r}",
             param="ext.task",
@@ -247,6 +247,10 @@ def _check_fit(
                 hint=f"it works with {_listed(allowed)}",
                 param=_adapter_path(request, "type"),
             )
+
+
+def _trained_on(method: Method) -> frozenset[str]:
+    return formats.with_answers() if method.formats is None else method.formats
 
 
 def _listed(names: frozenset[str]) -> str:

@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from tunery.entries import ModelShape
     from tunery.training.types import AdapterRun
 
-HEADS = ("score", "classifier", "pre_classifier")
-"""How transformers calls the modules that a classification model adds to its base."""
+HEADS = (
+    "score",
+    "classifier",
+    "pre_classifier",
+    "classification_head",
+    "qa_outputs",
+    "projector",
+)
+"""How transformers calls the modules that a task's model adds to its base."""
 
 _DENSE_HEADS = frozenset({"roberta", "xlm-roberta", "electra", "distilbert"})
 """Families whose head is a square layer with bias and then the classifier."""
@@ -61,12 +68,12 @@ def saved_parameters(shape: ModelShape, modules_to_save: Sequence[str]) -> int:
 
 
 def heads_of(model: nn.Module) -> list[str]:
-    """Names of the model's freshly made classification modules: trained and saved whole."""
+    """Names of the modules that the model's task added to the base: trained and saved whole."""
     return [name for name, _ in model.named_children() if name in HEADS]
 
 
 def saved_modules(run: AdapterRun, asked: Sequence[str] = ()) -> list[str] | None:
-    """PEFT's `modules_to_save`: what was asked for and the classification head.
+    """PEFT's `modules_to_save`: what was asked for and the head of the model's task.
 
     Raises:
         InvalidConfig: the model has no module of that name.
@@ -77,7 +84,7 @@ def saved_modules(run: AdapterRun, asked: Sequence[str] = ()) -> list[str] | Non
             raise InvalidConfig(
                 f"modules_to_save: the model has no module {name!r}", param="modules_to_save"
             )
-    head = heads_of(run.model) if run.task_type == "SEQ_CLS" else []
+    head = heads_of(run.model)
     return [*asked, *(name for name in head if name not in asked)] or None
 
 

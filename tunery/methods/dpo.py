@@ -60,8 +60,8 @@ class Dpo:
         "Model, 2023, arXiv 2305.18290"
     )
     Config: ClassVar[type[EntryConfig]] = DpoConfig
-    formats: ClassVar[frozenset[str]] = frozenset({"preference"})
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-generation"})
+    formats: ClassVar[frozenset[str] | None] = frozenset({"preference"})
+    tasks: ClassVar[frozenset[str] | None] = frozenset({"text-generation"})
     learning_rate_factor: ClassVar[float] = 0.1
     example: ClassVar[Mapping[str, Any]] = {
         "type": "dpo",

@@ -31,10 +31,8 @@ class Supervised:
     summary: ClassVar[str] = "Learns from examples of the wanted answers."
     paper: ClassVar[str | None] = None
     Config: ClassVar[type[EntryConfig]] = SupervisedConfig
-    formats: ClassVar[frozenset[str]] = frozenset(
-        {"chat", "prompt_completion", "text", "classification"}
-    )
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-generation", "text-classification"})
+    formats: ClassVar[frozenset[str] | None] = None
+    tasks: ClassVar[frozenset[str] | None] = None
     learning_rate_factor: ClassVar[float] = 1.0
     example: ClassVar[Mapping[str, Any]] = {
         "type": "supervised",

@@ -53,7 +53,7 @@ class TextClassification:
 class Runtime:
     """A document and its class id in, cross entropy over the classes out."""
 
-    peft_task_type = "SEQ_CLS"
+    peft_task_type: str | None = "SEQ_CLS"
     layouts: frozenset[Layout] = frozenset({"rows"})
 
     def __init__(self) -> None:

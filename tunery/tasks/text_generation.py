@@ -58,7 +58,7 @@ class TextGeneration:
 class Runtime:
     """Documents of tokens in, losses of their supervised tokens out."""
 
-    peft_task_type = "CAUSAL_LM"
+    peft_task_type: str | None = "CAUSAL_LM"
     layouts: frozenset[Layout] = frozenset({"rows", "packed"})
 
     def load_model(

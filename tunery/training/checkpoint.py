@@ -183,7 +183,7 @@ def _adapter_writer(model: Any, weights: Mapping[str, Tensor]) -> Callable[[Path
             config.save_pretrained(folder)
         finally:
             config.inference_mode = before
-        if config.task_type == "SEQ_CLS":
+        if config.task_type != "CAUSAL_LM":
             # The labels' names and number, which the base's own config does not know.
             model.get_base_model().config.save_pretrained(folder)
 

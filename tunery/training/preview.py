@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunery import catalogue
 from tunery.errors import InvalidData
 from tunery.training.preflight import Preflight, inspect, special_ids
-from tunery.training.types import IGNORE
+from tunery.training.types import IGNORE, examples_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -140,10 +140,11 @@ def _encoded(
     task: TaskRuntime,
     options: EncodeOptions,
 ) -> tuple[list[Example], list[Problem]]:
-    examples, problems = [], []
+    examples: list[Example] = []
+    problems = []
     for index, row in enumerate(rows):
         try:
-            examples.append(task.encode(row, tokenizer, options, index))
+            examples += examples_of(task.encode(row, tokenizer, options, index))
         except InvalidData as error:
             problems.append(Problem(row=index, code=error.code, message=error.message))
     return examples, problems

@@ -38,7 +38,7 @@ from tunery.training.memory import peak_bytes
 from tunery.training.optimizer import OptimizerSettings
 from tunery.training.preflight import inspect
 from tunery.training.store import build, cache_key
-from tunery.training.types import AdapterRun, EncodeOptions, MethodRun
+from tunery.training.types import AdapterRun, EncodeOptions, MethodRun, examples_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -364,8 +364,9 @@ class Trainer:
             transform, config = _transform(use)
             rows = transform.apply(config, rows, self.tokenizer)
         for number, row in enumerate(rows):
-            example = self.task.encode(row, self.tokenizer, options, number)
-            yield replace(example, index=-1 - number) if held_out else example
+            encoded = self.task.encode(row, self.tokenizer, options, number)
+            for example in examples_of(encoded):
+                yield replace(example, index=-1 - number) if held_out else example
 
     def _preflight(self) -> Preflight:
         """Look at the training data, or at evenly spaced rows of much of it.

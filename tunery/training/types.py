@@ -299,11 +299,16 @@ class EncodeOptions:
     chat_template: str | None = None
 
 
+def examples_of(encoded: Example | Sequence[Example]) -> Sequence[Example]:
+    """What `TaskRuntime.encode` made of one row, one or several."""
+    return (encoded,) if isinstance(encoded, Example) else encoded
+
+
 class TaskRuntime(Protocol):
     """The half of a task that needs torch."""
 
-    peft_task_type: str
-    """PEFT's `TaskType` value, for instance CAUSAL_LM or SEQ_CLS."""
+    peft_task_type: str | None
+    """PEFT's `TaskType` value, for instance CAUSAL_LM or SEQ_CLS; None where PEFT has none."""
     layouts: frozenset[Layout]
     """Batch layouts that its models can read."""
 
@@ -325,8 +330,10 @@ class TaskRuntime(Protocol):
         tokenizer: PreTrainedTokenizerBase,
         options: EncodeOptions,
         index: int,
-    ) -> Example:
+    ) -> Example | Sequence[Example]:
         """A canonical row (`tunery.data.formats`, transforms applied) as tokens.
+
+        A row that is too long for one example may become several, all with its `index`.
 
         Raises:
             tunery.errors.InvalidData: cannot be encoded; names the row, never quotes it.
@@ -376,7 +383,7 @@ class AdapterRun:
     """
 
     model: PreTrainedModel
-    task_type: str
+    task_type: str | None
     tokenizer: PreTrainedTokenizerBase
     seed: int
     base_model_name: str

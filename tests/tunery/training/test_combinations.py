@@ -86,7 +86,7 @@ def _combinations() -> list[Combination]:
     for name, adapter in catalogue.entries("adapters").items():
         for method_name in catalogue.entries("methods"):
             method = catalogue.find("methods", method_name)
-            for task in sorted(method.tasks):
+            for task in sorted(method.tasks or catalogue.entries("tasks")):
                 fits = adapter.tasks is None or task in adapter.tasks  # type: ignore[attr-defined]
                 if not fits or (task, method_name) not in FORMAT:
                     continue

@@ -31,6 +31,7 @@ __all__ = [
     "json_columns",
     "known",
     "sorted_labels",
+    "with_answers",
 ]
 
 
@@ -71,6 +72,12 @@ def find(name: str) -> Format:
             f"there is no data format {name!r}", hint=f"known: {', '.join(known())}"
         )
     return known()[name]
+
+
+@cache
+def with_answers() -> frozenset[str]:
+    """Names of the formats whose rows say the right answer."""
+    return frozenset(name for name, form in known().items() if form.answers)
 
 
 @cache

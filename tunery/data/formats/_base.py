@@ -38,6 +38,8 @@ class Format:
         labels: the class names in a normal row; None for formats without classes.
         claims: whether a row with these columns is meant, where another format spells them too.
         json_columns: columns whose cells are JSON where a file has only text for them, as CSV has.
+        answers: whether a row says the right answer, as supervised training needs; a comparison of
+            two answers does not.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Format:
     labels: Callable[[Row], Iterable[str]] | None = None
     claims: Callable[[Row], bool] = lambda row: True
     json_columns: frozenset[str] = frozenset()
+    answers: bool = True
 
     def fits(self, columns: frozenset[str]) -> frozenset[str] | None:
         """The spelling that is there."""

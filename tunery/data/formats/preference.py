@@ -153,4 +153,5 @@ FORMAT = Format(
     json_columns=frozenset(
         {"input", "preferred_output", "non_preferred_output", "chosen", "rejected"}
     ),
+    answers=False,
 )
