@@ -65,6 +65,12 @@ class InitFromRequest(_Strict):
     optimizer: bool = Field(False, description="Whether the optimizer's state comes along.")
 
 
+class OutputRequest(_Strict):
+    merge: bool = Field(
+        False, description="Also leave base and adapter as one model, under merged/ in the result."
+    )
+
+
 class ExtRequest(_Strict):
     """All that Tunery adds at top level."""
 
@@ -77,6 +83,7 @@ class ExtRequest(_Strict):
     compute: ComputeRequest = ComputeRequest()
     checkpoints: CheckpointsRequest = CheckpointsRequest()
     limits: LimitsRequest = LimitsRequest()
+    output: OutputRequest = OutputRequest()
     init_from: InitFromRequest | None = None
     attempts: int = Field(3, ge=1, le=20, description="Attempts before an error is final.")
     priority: int = Field(0, ge=-100, le=100, description="Larger goes first.")

@@ -23,6 +23,7 @@ from tunery.spec import (
     Evaluation,
     InitFrom,
     Limits,
+    Output,
     TrainingSpec,
     Use,
 )
@@ -116,6 +117,7 @@ def resolve(
         evaluation=_evaluation(request, task.entry, validation, story),
         checkpoints=_checkpoints(request, steps, story),
         limits=Limits(max_runtime_s=request.ext.limits.max_runtime_s),
+        output=_output(request, adapter.entry),
         init_from=InitFrom(**request.ext.init_from.model_dump()) if request.ext.init_from else None,
     )
     shown = {
@@ -466,6 +468,16 @@ def _evaluation(
             )
     story.note("evaluation.metrics", "request" if asked.metrics else f"default of {task.name}")
     return Evaluation(every_steps=asked.every_steps, metrics=asked.metrics or task.default_metrics)
+
+
+def _output(request: JobRequest, adapter: Any) -> Output:
+    if request.ext.output.merge and not adapter.mergeable:
+        raise UnsupportedCombination(
+            f"the result of adapter {adapter.name!r} cannot be merged into the base",
+            hint="leave ext.output.merge out",
+            param="ext.output.merge",
+        )
+    return Output(merge=request.ext.output.merge)
 
 
 def _checkpoints(request: JobRequest, steps: int, story: _Story) -> Checkpoints:

@@ -90,6 +90,12 @@ class Limits(_Frozen):
     max_runtime_s: int | None = Field(None, ge=1)
 
 
+class Output(_Frozen):
+    merge: bool = Field(
+        False, description="Also leave base and adapter as one model, under merged/ in the result."
+    )
+
+
 class InitFrom(_Frozen):
     """An earlier export to start from."""
 
@@ -112,6 +118,7 @@ class TrainingSpec(_Frozen):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     limits: Limits = Limits()
+    output: Output = Output()
     init_from: InitFrom | None = None
 
     def sha256(self) -> str:

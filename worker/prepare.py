@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from core.artifacts import publish
@@ -101,7 +102,8 @@ async def prepare(
         training_path=str(training),
         validation_path=None if validation is None else str(validation),
         resume_path=None if resume is None else str(resume[0]),
-        init_path=None if init is None else str(init),
+        init_path=None if init is None else str(init / "export"),
+        init_resume_path=str(init / "resume") if init and (init / "resume").exists() else None,
         cache_dir=str(cache),
     )
     (scratch / "run.json").write_text(order.model_dump_json())
@@ -127,7 +129,10 @@ async def _data(store: ArtifactStore, key: str, file: DataFile, scratch: Path, n
 async def _init(
     db: Database, store: ArtifactStore, claim: Claim, spec: TrainingSpec, scratch: Path
 ) -> Path | None:
-    """The export that the job starts from, when it names one."""
+    """A folder with the export that the job starts from, when it names one.
+
+    With the resume half beside it, when the optimizer is to go on as well.
+    """
     if spec.init_from is None:
         return None
     wanted = spec.init_from.checkpoint
@@ -139,10 +144,17 @@ async def _init(
     row = await patiently(look)
     if row is None:
         raise Gone(f"the checkpoint {wanted} does not exist any more", param="ext.init_from")
-    try:
-        return await patiently(
-            lambda: publish.fetch(store, row.prefix, row.manifest, "export", scratch / "init")
+    optimizer = spec.init_from.optimizer
+    if optimizer and row.resume_dropped_at is not None:
+        raise Gone(
+            f"the optimizer's state of {wanted} is not kept any more",
+            param="ext.init_from.optimizer",
         )
+    folder = scratch / "init"
+    try:
+        for half in ("export", "resume") if optimizer else ("export",):
+            await patiently(partial(publish.fetch, store, row.prefix, row.manifest, half, folder))
+        return folder
     except CheckpointCorrupt:
         async with db.begin() as session:
             await checkpoints.mark_corrupt(session, row.id)

@@ -80,11 +80,11 @@ def _padded(size: int) -> int:
 
 
 async def delete_export(db: Database, store: ArtifactStore, model: Model) -> None:
-    """Take a model out of every listing, then its files out of the store.
+    """Take a model out of every listing, then its files out of the store, the resume half too.
 
     The mark comes first: a crash between the two leaves bytes that nobody can see, not a model
-    that cannot be loaded.
+    that cannot be loaded. Nothing resumes from a checkpoint with that mark.
     """
     async with db.begin() as session:
         await mark_export_deleted(session, model.checkpoint_id)
-    await store.delete_prefix(f"{model.prefix.rstrip('/')}/{EXPORT.rstrip('/')}")
+    await store.delete_prefix(model.prefix)

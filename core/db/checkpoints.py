@@ -7,8 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, Double, cast, func, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Double,
+    cast,
+    exists,
+    func,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import aliased
 
 from core.db import claims
 from core.db.tables import CheckpointRow, JobRow
@@ -163,11 +175,23 @@ async def mark_resume_dropped(session: AsyncSession, checkpoint_id: int) -> None
 
 
 async def unresumable_ended(session: AsyncSession, limit: int = 100) -> list[CheckpointRow]:
-    """Resume halves of jobs that ended well or were cancelled: nobody will continue from them."""
+    """Resume halves of jobs that ended well or were cancelled, but for each job's newest.
+
+    The job itself will not go on; another may start from it with its optimizer.
+    """
+    newer = aliased(CheckpointRow)
     rows = await session.scalars(
         select(CheckpointRow)
         .join(JobRow, JobRow.id == CheckpointRow.job_id)
-        .where(JobRow.state.in_(("succeeded", "cancelled")), *_resumable())
+        .where(
+            JobRow.state.in_(("succeeded", "cancelled")),
+            *_resumable(),
+            exists().where(
+                newer.job_id == CheckpointRow.job_id,
+                tuple_(newer.step, newer.id) > tuple_(CheckpointRow.step, CheckpointRow.id),
+                *_resumable(newer),
+            ),
+        )
         .order_by(CheckpointRow.id)
         .limit(limit)
     )
@@ -178,12 +202,12 @@ def _has(kind: str) -> ColumnElement[bool]:
     return CheckpointRow.kinds.contains([kind])
 
 
-def _resumable() -> tuple[ColumnElement[bool], ...]:
+def _resumable(row: Any = CheckpointRow) -> tuple[ColumnElement[bool], ...]:
     return (
-        _has("resume"),
-        CheckpointRow.corrupt_at.is_(None),
-        CheckpointRow.resume_dropped_at.is_(None),
-        CheckpointRow.deleted_at.is_(None),
+        row.kinds.contains(["resume"]),
+        row.corrupt_at.is_(None),
+        row.resume_dropped_at.is_(None),
+        row.deleted_at.is_(None),
     )
 
 

@@ -245,6 +245,8 @@ class Model(NamedTuple):
     spec: dict[str, Any]
     manifest: list[dict[str, Any]]
     fine_tuned_model: str | None
+    resumable: bool
+    """Whether its optimizer's state is still kept."""
 
 
 _MODEL = (
@@ -260,6 +262,7 @@ _MODEL = (
         JobRow.spec,
         CheckpointRow.manifest,
         JobRow.fine_tuned_model,
+        CheckpointRow.kinds.contains(["resume"]) & CheckpointRow.resume_dropped_at.is_(None),
     )
     .join(JobRow, JobRow.id == CheckpointRow.job_id)
     .where(

@@ -218,6 +218,12 @@ class Submitter:
                 hint=f'set "model" to {base!r}',
                 param=param,
             )
+        if start is not None and start.optimizer and not source.resumable:
+            raise Gone(
+                f"{name}: its optimizer's state is not kept any more",
+                hint="leave ext.init_from.optimizer out to start from its weights alone",
+                param="ext.init_from.optimizer",
+            )
         given = request.method.adapter
         if given and given.get("type", "lora") != adapter["type"]:
             raise UnsupportedCombination(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from core.db import claims, submissions
+from core.db import checkpoints, claims, submissions
 from core.db.engine import driver_of
 from core.db.files import FileRepository
 from tests.api.conftest import BASE
@@ -197,6 +197,39 @@ async def test_a_finished_job_shows_its_result_and_is_a_model(
         await client.models.delete(BASE)
     adapter = await http.get(f"{JOBS}/{job.id}/adapter")
     assert (adapter.status_code, adapter.json()["error"]["code"]) == (409, "not_ready")
+
+
+async def test_a_job_starts_with_an_earlier_ones_optimizer_while_that_is_kept(
+    client: AsyncOpenAI, body: dict[str, Any], worker: Worker
+) -> None:
+    await client.fine_tuning.jobs.create(**body)
+    claim = await worker.claim()
+    saved = await worker.save(claim, 6, final=True, train_loss=1.5)
+    model = await client.models.retrieve(saved.name)
+    name = model.ext["checkpoint_id"]  # type: ignore[attr-defined]
+    start = {"ext": {"init_from": {"checkpoint": name, "optimizer": True}}}
+    second = await client.fine_tuning.jobs.create(**body, extra_body=start)
+    assert second.ext["resolved"]["spec"]["init_from"] == start["ext"]["init_from"]  # type: ignore[attr-defined]
+    async with worker.db.begin() as session:
+        await checkpoints.mark_resume_dropped(session, saved.id)
+    with pytest.raises(openai.APIStatusError) as refused:
+        await client.fine_tuning.jobs.create(**body, extra_body=start)
+    assert refused.value.status_code == 410
+    assert refused.value.param == "ext.init_from.optimizer"
+    start["ext"]["init_from"]["optimizer"] = False
+    await client.fine_tuning.jobs.create(**body, extra_body=start)
+
+
+async def test_only_what_can_be_merged_is_asked_to_be(
+    client: AsyncOpenAI, body: dict[str, Any]
+) -> None:
+    merged = {"ext": {"output": {"merge": True}}}
+    job = await client.fine_tuning.jobs.create(**body, extra_body=merged)
+    assert job.ext["resolved"]["spec"]["output"] == {"merge": True}  # type: ignore[attr-defined]
+    prompt = {"type": "supervised", "supervised": {"adapter": {"type": "prompt"}}}
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        await client.fine_tuning.jobs.create(**body, method=prompt, extra_body=merged)
+    assert refused.value.param == "ext.output.merge"
 
 
 async def finished(worker: Worker) -> str:

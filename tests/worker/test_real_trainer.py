@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from core.db import metrics
+from core.db import checkpoints, metrics
 from tests.worker.conftest import until
 from tunery.models import ModelStore
 from tunery.models.importing import import_model
@@ -129,3 +129,27 @@ async def test_a_rank_killed_by_the_kernel_is_told_apart(farm: Farm, stories: st
     assert codes == ["out_of_memory"]
     await farm.wish("cancel", job)
     await farm.oracle()
+
+
+async def test_a_job_goes_on_from_an_earlier_ones_weights_and_optimizer(
+    farm: Farm, stories: str
+) -> None:
+    await farm.worker(**STOCK)
+    first = await queue(farm, stories)
+    await farm.reaches(first, "succeeded", within_s=90)
+    saved = max(await farm.checkpoints(first), key=lambda row: row.step)
+    start = {"checkpoint": saved.public_id, "optimizer": True}
+    second = await queue(farm, stories, init_from=start)
+    row = await farm.reaches(second, "succeeded", within_s=90)
+    before, after = await losses(farm, first), await losses(farm, second)
+    assert after[1] < before[1] - 0.5
+    went_on = max(await farm.checkpoints(second), key=lambda row: row.step)
+    async with farm.db.begin() as session:
+        await checkpoints.mark_resume_dropped(session, saved.id)
+    third = await queue(farm, stories, init_from=start)
+    row = await farm.reaches(third, "failed", within_s=90)
+    assert row.error is not None
+    assert row.error["param"] == "ext.init_from.optimizer"
+    resumed = went_on.prefix + "/resume/state.json"
+    state = json.loads(b"".join([part async for part in farm.store.get(resumed)]))
+    assert state["earlier_updates"] == 128

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +13,7 @@ import typer
 from tunery.cli import output
 from tunery.cli.output import AsJson, Yes
 from tunery.client.credentials import home
-from tunery.errors import NotFound
+from tunery.errors import Conflict, NotFound
 from tunery.models import ModelStore
 from tunery.models.store import is_name
 
@@ -79,6 +81,51 @@ def _from_name(name: str) -> ModelInfo:
     if not is_name(name):
         raise NotFound(f"there is no file or folder {name!r}, and it is no model name either")
     return fetch(store(), name, output.say)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[
+        Path, typer.Argument(help="A downloaded adapter's folder.", exists=True, file_okay=False)
+    ],
+    into: Annotated[Path, typer.Option("--into", "-o", help="A folder that does not exist yet.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="A base model's name here, or its folder; by default the adapter's own."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one model of a base model and an adapter, in the base's precision, and check it."""
+    if into.exists():
+        raise Conflict(f"{into} exists", code="invalid_value", hint="name a new folder")
+    name = base or _base_of(adapter)
+    folder = Path(name) if Path(name).is_dir() else store().locate(name, None)
+    from tunery.training.merging import MUCH_LOST, merge
+
+    report = merge(folder, adapter, into)
+    output.say(
+        f"merged in {report.dtype}: logits differ by {report.max_difference:.2g} at most, "
+        f"{report.lost:.1%} of the adapter's effect is lost to rounding"
+    )
+    if report.lost > MUCH_LOST:
+        output.say("that is much: serve base and adapter, or merge onto a base in float32")
+    output.emit_json(asdict(report)) if as_json else output.emit(str(into))
+
+
+def _base_of(adapter: Path) -> str:
+    """What the adapter says that it was trained on.
+
+    Raises:
+        NotFound: it says nothing.
+    """
+    try:
+        said = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+        return str(said["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NotFound(
+            f"{adapter} holds no adapter: there is no adapter_config.json that names its base",
+            hint="name the base with --base",
+        ) from error
 
 
 @app.command()

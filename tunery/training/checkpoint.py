@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, and read back to the very state.
 
-    step-00000040/export/   what PEFT (or transformers) loads, tokenizer and training.json beside it
+    step-00000040/export/   what PEFT (or transformers) loads; tokenizer, card, training.json beside
                   resume/   state.json, optimizer.safetensors, rng-rank0.{json,safetensors}
 
 Tensors are safetensors, the rest is JSON: loading a checkpoint never runs its bytes. The folder is
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tunery.errors import CheckpointCorrupt
+from tunery.training.card import model_card, vllm_obstacles
 from tunery.training.loop import LoopState
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Checkpoints:
         fingerprint: what a resumed run must have in common with this one.
         announce: called with step, folder, the latest metrics and whether it is the last one, once
             the folder is complete; from the writing thread.
+        finish: called with the last checkpoint's export folder, to put more into it.
         background: write while training goes on; one rank only.
     """
 
@@ -61,11 +63,12 @@ class Checkpoints:
         manifest: Mapping[str, Any],
         fingerprint: str,
         announce: Callable[[int, Path, dict[str, float], bool], None],
+        finish: Callable[[Path], None],
         background: bool = True,
     ) -> None:
         self._folder, self._engine, self._model = folder, engine, model
         self._tokenizer, self._manifest = tokenizer, manifest
-        self._fingerprint, self._announce = fingerprint, announce
+        self._fingerprint, self._announce, self._finish = fingerprint, announce, finish
         alone = engine.world == 1
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background and alone else None
         self._writing: Future[None] | None = None
@@ -115,6 +118,8 @@ class Checkpoints:
             write_rng(generators, temporary / "resume", self._engine.rank)
             if export is not None:
                 self._write_first(export, said, temporary)
+                if final:
+                    self._finish(temporary / "export")
             self._engine.barrier()
             if first:
                 _publish(temporary, target)
@@ -131,10 +136,14 @@ class Checkpoints:
         folder.mkdir()
         export(folder)
         self._tokenizer.save_pretrained(folder)
-        about = {"step": said["step"], "trained_tokens": said["trained_tokens"]}
-        write_json(
-            folder / "training.json", {**self._manifest, **about, "metrics": said["metrics"]}
-        )
+        about = {
+            **self._manifest,
+            **{key: said[key] for key in ("step", "trained_tokens", "metrics")},
+            "vllm": {"ready": not (obstacles := vllm_obstacles(self._model)), "why_not": obstacles},
+        }
+        write_json(folder / "training.json", about)
+        card = model_card(self._model, about, said["step"])
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def export_writer(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[Path], None]:
@@ -225,8 +234,11 @@ def _model_files(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_state(folder: Path, fingerprint: str) -> LoopState:
+def load_state(folder: Path, fingerprint: str | None) -> LoopState:
     """What the loop continues from.
+
+    Args:
+        fingerprint: of this run; None: another run's state is welcome.
 
     Raises:
         CheckpointCorrupt: unreadable, of another version, or of another run.
@@ -239,7 +251,7 @@ def load_state(folder: Path, fingerprint: str) -> LoopState:
         raise CheckpointCorrupt(f"{STATE} cannot be read ({type(error).__name__})") from error
     if version != VERSION:
         raise CheckpointCorrupt(f"the checkpoint has version {version}, this trainer {VERSION}")
-    if of != fingerprint:
+    if fingerprint is not None and of != fingerprint:
         raise CheckpointCorrupt(
             "the checkpoint is of a run with other data or settings",
             hint="start a new job with ext.init_from to go on from its weights",

@@ -58,6 +58,8 @@ class LoopState:
 
     step: int = 0
     trained_tokens: int = 0
+    earlier_updates: int = 0
+    """Of the optimizer that an earlier run handed over: its moments have seen so many more."""
     budget: int = 0
     """Micro-batch tokens, as the memory allowed."""
     window: dict[str, list[float]] = field(default_factory=dict)

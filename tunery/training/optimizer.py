@@ -202,8 +202,8 @@ class Optimizer:
         return out
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Continue after `steps` steps from what `state` returned then.
+    def load(self, state: Mapping[str, Tensor], steps: int, earlier: int = 0) -> None:
+        """Continue after `steps` steps, and `earlier` ones of another run, from what `state` said.
 
         Raises:
             CheckpointCorrupt: another set of parameters, or another shape.
@@ -214,7 +214,7 @@ class Optimizer:
             slot.view(leaf).copy_(state[f"{slot.name}.value"])
             for moment in _MOMENTS:
                 slot.view(self.adamw.state[leaf][moment]).copy_(state[f"{slot.name}.{moment}"])
-            self.adamw.state[leaf]["step"].fill_(steps)
+            self.adamw.state[leaf]["step"].fill_(steps + earlier)
         self._publish()
         self._steps = steps
 

@@ -35,6 +35,7 @@ from tunery.training.features import switches
 from tunery.training.loop import Loop, LoopSettings, LoopState
 from tunery.training.losses import HeadPolicy, TokenLossComputer
 from tunery.training.memory import peak_bytes
+from tunery.training.merging import MUCH_LOST, merge
 from tunery.training.optimizer import OptimizerSettings
 from tunery.training.preflight import inspect
 from tunery.training.store import build, cache_key
@@ -61,7 +62,7 @@ PREFLIGHT_ROWS = 5000
 """At 23 microseconds a row."""
 OVERLAP_ROWS = 50_000
 """Of either file, compared in search of common ones, at 24 microseconds a row."""
-_WITHOUT_EFFECT = {"compute", "checkpoints", "evaluation", "limits"}
+_WITHOUT_EFFECT = {"compute", "checkpoints", "evaluation", "limits", "output"}
 """Parts of a spec that a resumed run may change: they do not decide what is learnt."""
 
 
@@ -455,12 +456,16 @@ class Trainer:
 
     def _resume(self) -> None:
         assert self.engine is not None
-        if self.order.resume_path is None:
-            return
-        folder = Path(self.order.resume_path)
-        self.state = load_state(folder, self._fingerprint)
-        self.engine.restore(folder, self.state.step)
-        restore_rng(folder, self.engine.rank)
+        if self.order.resume_path is not None:
+            folder = Path(self.order.resume_path)
+            self.state = load_state(folder, self._fingerprint)
+            self.engine.restore(folder, self.state.step, self.state.earlier_updates)
+            restore_rng(folder, self.engine.rank)
+        elif self.order.init_resume_path is not None:
+            folder = Path(self.order.init_resume_path)
+            before = load_state(folder, fingerprint=None)
+            self.state.earlier_updates = before.step + before.earlier_updates
+            self.engine.restore(folder, 0, self.state.earlier_updates)
 
     @property
     def _fingerprint(self) -> str:
@@ -483,6 +488,7 @@ class Trainer:
             },
             fingerprint=self._fingerprint,
             announce=self.speaker.checkpoint,
+            finish=self._finish_export,
             background=self.switches.async_checkpoints,
         )
         loop = Loop(
@@ -527,6 +533,19 @@ class Trainer:
                 peak_memory_bytes=peak_bytes(self.device),
             )
         return done
+
+    def _finish_export(self, export: Path) -> None:
+        """What a finished run leaves beside its adapter, before the checkpoint is published."""
+        if not self.spec.output.merge:
+            return
+        report = merge(Path(self.order.base_model_path), export, export / "merged")
+        if report.lost > MUCH_LOST:
+            self.speaker.warning(
+                "merge_inexact",
+                f"merged in {report.dtype}, the model loses {report.lost:.0%} of the adapter's "
+                "effect on the logits; the adapter beside it is exact",
+                **asdict(report),
+            )
 
     def _start_event(self) -> None:
         parameters = list(self.model.parameters())

@@ -49,6 +49,9 @@ class RunOrder(_Message):
         None, description="A verified `resume` folder to continue from."
     )
     init_path: str | None = Field(None, description="A verified `export` folder to start from.")
+    init_resume_path: str | None = Field(
+        None, description="The verified `resume` folder of the same checkpoint: its optimizer too."
+    )
     cache_dir: str | None = Field(None, description="For tokenised data; None turns the cache off.")
 
 

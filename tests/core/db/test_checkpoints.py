@@ -102,11 +102,14 @@ async def test_pages(site, order):
     assert await site.does(checkpoints.list_checkpoints, job.id, after="ftckpt_none") is None
 
 
-async def test_only_ended_jobs_resume_halves_are_offered_for_removal(site):
+async def test_ended_jobs_resume_halves_are_offered_for_removal_but_for_the_newest(site):
     await site.submit()
     claim = await site.claimed()
-    row = await site.checkpoint(claim, 1)
+    old = await site.checkpoint(claim, 1)
+    new = await site.checkpoint(claim, 2)
     assert await site.does(checkpoints.unresumable_ended) == []
     await site.may("cancel", claim.public_id)
     await site.does(claims.yield_, claim)
-    assert [found.id for found in await site.does(checkpoints.unresumable_ended)] == [row.id]
+    assert [found.id for found in await site.does(checkpoints.unresumable_ended)] == [old.id]
+    await site.does(checkpoints.mark_corrupt, new.id)
+    assert await site.does(checkpoints.unresumable_ended) == []

@@ -158,7 +158,7 @@ def test_a_checkpoint_between_metric_points_loses_no_sum(
 def test_a_resume_checkpoint_holds_no_pickles(make_order: Any, chats: Any, tmp_path: Path) -> None:
     told = Told(make_order(chats(10), config={"max_steps": 1}), tmp_path / "work")
     names = {p.name for p in Path(told.kind("checkpoint")[0].path).rglob("*") if p.is_file()}
-    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".jinja"}
+    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".jinja", ".md"}
     assert not list((tmp_path / "work" / "checkpoints").glob(".*"))
 
 
@@ -456,3 +456,27 @@ def test_divergence_is_a_named_failure(
     failed = told.events[-1]
     assert (failed.code, failed.category, failed.step) == ("non_finite_loss", "user_config", 1)
     assert not told.kind("checkpoint")
+
+
+def test_a_run_that_starts_with_an_earlier_ones_optimizer_goes_on_as_that_would_have(
+    make_order: Any, chats: Any, tmp_path: Path
+) -> None:
+    # Every batch holds all rows, so that only weights and optimizer tell the runs apart.
+    config = {"max_steps": 6, "batch_size": 10, "lr_scheduler_type": "constant"}
+    whole = Told(make_order(chats(10), config=config), tmp_path / "whole").series("train_loss")
+    first = Told(make_order(chats(10), config=config | {"max_steps": 3}), tmp_path / "first")
+    folder = Path(first.kind("checkpoint")[-1].path)
+    paths = {"init_path": str(folder / "export"), "init_resume_path": str(folder / "resume")}
+    rest = config | {"max_steps": 3}
+    warm_order = make_order(chats(10), config=rest, order=paths, checkpoints=Checkpoints())
+    warm = Told(warm_order, tmp_path / "warm", stop_after=2)
+    assert warm.kind("start")[0].start_step == 0
+    losses = warm.series("train_loss") | Told(resumed(warm_order, warm), tmp_path / "on").series(
+        "train_loss"
+    )
+    assert list(losses) == [1, 2, 3]
+    assert [losses[i] for i in (1, 2, 3)] == pytest.approx([whole[i] for i in (4, 5, 6)], abs=1e-6)
+    del paths["init_resume_path"]
+    bare = Told(make_order(chats(10), config=rest, order=paths), tmp_path / "bare")
+    assert bare.series("train_loss")[1] == pytest.approx(whole[4], abs=1e-6)
+    assert abs(bare.series("train_loss")[3] - whole[6]) > 1e-4

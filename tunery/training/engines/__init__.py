@@ -89,8 +89,12 @@ class Engine(Protocol):
         and may run in another thread while training goes on."""
         ...
 
-    def restore(self, folder: Path, steps: int) -> None:
+    def restore(self, folder: Path, steps: int, earlier: int = 0) -> None:
         """Continue after `steps` steps from a folder that all ranks' snapshots wrote.
+
+        Args:
+            earlier: updates before this run's first step, which count for AdamW's bias correction
+                and not for the schedule.
 
         Raises:
             CheckpointCorrupt: the folder is of another run.

@@ -71,12 +71,12 @@ class SingleEngine:
         state = self.optimizer.state()
         return lambda folder: save_file(state, folder / STATE)
 
-    def restore(self, folder: Path, steps: int) -> None:
+    def restore(self, folder: Path, steps: int, earlier: int = 0) -> None:
         try:
             state = load_file(folder / STATE)
         except (OSError, SafetensorError) as error:
             raise CheckpointCorrupt(f"{STATE} cannot be read ({type(error).__name__})") from error
-        self.optimizer.load(state, steps)
+        self.optimizer.load(state, steps, earlier)
 
     def close(self) -> None:
         """Nobody to leave."""

@@ -211,7 +211,7 @@ class ZeroEngine(DdpEngine):
         return whole
 
     @torch.no_grad()
-    def restore(self, folder: Path, steps: int) -> None:
+    def restore(self, folder: Path, steps: int, earlier: int = 0) -> None:
         state = load_file(folder / STATE)
         self._check(state)
         for name, parameter in self._trained.items():
@@ -219,7 +219,7 @@ class ZeroEngine(DdpEngine):
             for part in _MOMENTS:
                 self._set_moment(parameter, part, state[f"{name}.{part}"])
         for master in self._masters():
-            self._adamw.state[master]["step"].fill_(steps)
+            self._adamw.state[master]["step"].fill_(steps + earlier)
         for _ in range(steps - self._schedule.last_epoch):
             self._schedule.step()
 
