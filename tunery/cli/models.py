@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -100,14 +102,18 @@ def merge(
         raise Conflict(f"{into} exists", code="invalid_value", hint="name a new folder")
     name = base or _base_of(adapter)
     folder = Path(name) if Path(name).is_dir() else store().locate(name, None)
-    from tunery.training.merging import MUCH_LOST, merge
+    with redirect_stdout(sys.stderr):  # what libraries print is not data
+        from transformers.utils.logging import disable_progress_bar
 
-    report = merge(folder, adapter, into)
+        from tunery.training import merging
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        report = merging.merge(folder, adapter, into)
     output.say(
         f"merged in {report.dtype}: logits differ by {report.max_difference:.2g} at most, "
         f"{report.lost:.1%} of the adapter's effect is lost to rounding"
     )
-    if report.lost > MUCH_LOST:
+    if report.lost > merging.MUCH_LOST:
         output.say("that is much: serve base and adapter, or merge onto a base in float32")
     output.emit_json(asdict(report)) if as_json else output.emit(str(into))
 

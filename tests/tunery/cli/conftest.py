@@ -90,6 +90,7 @@ def tunery(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[i
     """Run a command line in this process: exit code, stdout, stderr. stdout is a pipe."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # what was said before
         code = run(arguments)
         out, err = capsys.readouterr()
         return code, out, err
