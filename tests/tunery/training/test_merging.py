@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tunery.training.test_program import Told
+from tunery.cli.main import run
 from tunery.errors import BaseModelUnavailable, CheckpointCorrupt, UnsupportedCombination
 from tunery.spec import Output, Use
 from tunery.training.merging import merge, read_report
@@ -134,3 +136,19 @@ def test_a_classifier_keeps_its_labels(make_order: Any, tmp_path: Path, base_mod
 
     merged = AutoModelForSequenceClassification.from_pretrained(export / "merged")
     assert merged.config.id2label == {0: "no", 1: "yes"}
+
+
+def test_the_command_makes_one_model_of_an_adapter_and_the_base_that_it_names(
+    base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, into = adapter(base_model, tmp_path / "export", CONFIGS["lora"]), tmp_path / "merged"
+    capsys.readouterr()
+    assert run(("models", "merge", str(export), "--into", str(into), "--json")) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["dtype"] == "float32"
+    assert "lost to rounding" in err
+    assert (into / "model.safetensors").exists()
+    assert run(("models", "merge", str(export), "--into", str(into))) == 6
+    assert "exists" in capsys.readouterr().err
+    assert run(("models", "merge", str(tmp_path), "--into", str(tmp_path / "new"))) == 4
+    assert "--base" in capsys.readouterr().err
