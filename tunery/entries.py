@@ -100,6 +100,8 @@ class Adapter(Entry, Protocol):
     """Used when the request says "auto" or nothing."""
     mergeable: ClassVar[bool]
     """Whether the trained adapter can be folded into the base's weights."""
+    half_precision: ClassVar[bool]
+    """Whether what trains can run in the base's half precision, with float32 masters beside it."""
 
     def trainable_parameters(self, config: Any, shape: ModelShape) -> int:
         """Number of trained scalars for a base model of this shape, by formula."""

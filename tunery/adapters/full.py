@@ -30,6 +30,7 @@ class Full:
     strategies: ClassVar[frozenset[str] | None] = None
     default_learning_rate: ClassVar[float] = 2e-5
     mergeable: ClassVar[bool] = False
+    half_precision: ClassVar[bool] = True
 
     def trainable_parameters(self, config: FullConfig, shape: ModelShape) -> int:
         """All of the base's, and the classification head where there is one."""

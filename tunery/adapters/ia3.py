@@ -65,6 +65,7 @@ class Ia3:
     strategies: ClassVar[frozenset[str] | None] = None
     default_learning_rate: ClassVar[float] = 3e-3
     mergeable: ClassVar[bool] = True
+    half_precision: ClassVar[bool] = True
 
     def trainable_parameters(self, config: Ia3Config, shape: ModelShape) -> int:
         """Per layer: the out features of the scaled outputs, the in features of the inputs."""

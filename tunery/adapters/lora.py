@@ -116,6 +116,7 @@ class Lora:
     strategies: ClassVar[frozenset[str] | None] = None
     default_learning_rate: ClassVar[float] = 2e-4
     mergeable: ClassVar[bool] = True
+    half_precision: ClassVar[bool] = True
 
     def trainable_parameters(self, config: LoraConfig, shape: ModelShape) -> int:
         """Per adapted module of (in, out) features: r (in + out), out more with DoRA or a bias."""

@@ -55,6 +55,7 @@ class Prompt:
     strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
     default_learning_rate: ClassVar[float] = 3e-2
     mergeable: ClassVar[bool] = False
+    half_precision: ClassVar[bool] = True
 
     def trainable_parameters(self, config: PromptConfig, shape: ModelShape) -> int:
         """num_virtual_tokens times the hidden size."""

@@ -234,13 +234,19 @@ class Trainer:
         model.to(self.device)
         if self.order.init_path:
             load_weights(model, Path(self.order.init_path))
-        if self.switches.half_adapters and self.dtype != torch.float32:
+        if self._half_adapter:
             _cast_trained(model, self.dtype)
         if self.spec.compute.gradient_checkpointing:
             _recompute(base)
         if not self.switches.frozen_prefix:
             cast("Any", base).enable_input_require_grads()
         return model
+
+    @property
+    def _half_adapter(self) -> bool:
+        """Whether what trains runs in the base's precision."""
+        wanted = self.switches.half_adapters and self.dtype != torch.float32
+        return wanted and self.entries.adapter.half_precision
 
     def _head_policy(self) -> HeadPolicy:
         return HeadPolicy(
@@ -572,7 +578,7 @@ class Trainer:
             "label_compaction": on.label_compaction,
             "chunked_head": on.chunked_head,
             "deferred_metrics": on.deferred_metrics,
-            "half_adapters": on.half_adapters and self.dtype != torch.float32,
+            "half_adapters": self._half_adapter,
             "flat_optimizer": on.flat_optimizer,
             "frozen_prefix": on.frozen_prefix,
             "token_cache": on.token_cache and self.order.cache_dir is not None,
