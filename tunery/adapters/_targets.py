@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.errors import InvalidConfig
 
@@ -144,6 +144,26 @@ def targets_in(model: nn.Module, targets: Targets) -> list[str]:
         )
     rest = (set(inside) - wanted) | outside
     return sorted({_shortest(path, rest) for path in wanted})
+
+
+def sizes_in(model: nn.Module, targets: Sequence[str]) -> list[tuple[str, int, int, bool]]:
+    """Path, in and out features and whether there is a bias, of each module that PEFT would pick.
+
+    `targets` are names as `targets_in` gives them.
+    """
+    return [
+        (path, *_features(module), module.bias is not None)
+        for path, module in model.named_modules()
+        if any(matches(path, target) for target in targets)
+    ]
+
+
+def _features(module: Any) -> tuple[int, int]:
+    """In and out features, also of GPT-2's transposed linears."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    inputs, outputs = module.weight.shape
+    return inputs, outputs
 
 
 def _shortest(path: str, rest: set[str]) -> str:

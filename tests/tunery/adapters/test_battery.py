@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from tunery import catalogue
+from tunery.adapters._tuner import Tuner
 from tunery.models.shape import shape_of
 from tunery.training.types import AdapterRun
 
@@ -79,6 +80,11 @@ class Case:
         return self.entry.Config.model_validate(json.loads(self.settings))
 
     @property
+    def is_one_of_many(self) -> bool:
+        """Entries over PEFT's tuners share their code: one decoder and one encoder tell enough."""
+        return isinstance(self.entry, Tuner) and self.model == "llama-classifier"
+
+    @property
     def folder(self) -> str:
         return f"{CASES.index(self):03d}"
 
@@ -103,13 +109,22 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow) if case.is_one_of_many else case for case in CASES],
+    ids=str,
+)
 
 
 def base_model(name: str) -> PreTrainedModel:
     cls, config, _ = MODELS[name]
     torch.manual_seed(0)
-    return cls(config).eval()
+    model = cls(config).eval()
+    with torch.no_grad():  # biases of zero would hide what multiplies them
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
 
 
 def adapted(case: Case, seed: int = 7) -> Any:
@@ -152,16 +167,18 @@ def trained(case: Case) -> tuple[Any, list[float]]:
     return model, losses
 
 
-def base_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Clones of what the base brought: no adapter tensors, no trained copies."""
+def base_tensors(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """Clones of what the base brought, by the base's own names: no adapter tensors, no copies."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    marks = ("lora_", "ia3_", "modules_to_save")
-    return {
-        name: tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if not any(mark in name for mark in marks)
-    }
+    known = base_model(name).state_dict()
+    found = {}
+    for path, tensor in model.state_dict().items():
+        plain = path.replace(".base_layer", "").replace(".original_module", "")
+        if plain in known and "modules_to_save" not in path:
+            found[plain] = tensor.clone()
+    assert found.keys() == known.keys()
+    return found
 
 
 @pytest.mark.parametrize("name", catalogue.entries("adapters"))
@@ -198,10 +215,11 @@ def test_only_the_promised_parameters_train(case: Case) -> None:
 
 @every_case
 def test_a_fresh_adapter_answers_as_the_base_where_it_says_so(case: Case) -> None:
-    same = torch.allclose(
-        answers(case, adapted(case)), answers(case, base_model(case.model)), atol=1e-5
-    )
-    assert same is case.entry.starts_as_base(case.config)
+    fresh, base = answers(case, adapted(case)), answers(case, base_model(case.model))
+    if case.entry.starts_as_base(case.config):
+        torch.testing.assert_close(fresh, base, atol=1e-5, rtol=1e-5)
+    else:
+        assert not torch.allclose(fresh, base, atol=1e-7, rtol=0)
 
 
 @every_case
@@ -224,7 +242,8 @@ def test_training_lowers_the_loss_and_leaves_the_rest_alone(case: Case) -> None:
     assert losses[-1] < losses[0] - 1e-3
     if case.adapter == "full":
         return
-    before, after = base_tensors(adapted(case)), base_tensors(model)
+    before = base_tensors(adapted(case), case.model)
+    after = base_tensors(model, case.model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     if getattr(case.config, "bias", "none") == "none":
         assert moved == set()
@@ -235,6 +254,8 @@ def test_training_lowers_the_loss_and_leaves_the_rest_alone(case: Case) -> None:
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and torch.equal(parameter, fresh[name])
+        # Attention does not see what is added to all keys alike.
+        if ".key.glora_C." not in name
     ]
     assert stuck == []
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tunery import catalogue
+from tunery.adapters._tuner import Tuner
 from tunery.spec import (
     BaseModelRef,
     Checkpoints,
@@ -67,6 +68,7 @@ FORMAT = {
     ("text-generation", "dpo"): "preference",
     ("text-classification", "supervised"): "classification",
 }
+COMMON = ("text-generation", "supervised")
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,12 @@ class Combination:
         return f"{self.adapter}-{self.method}-{self.task}-{self.model}"
 
 
-def _combinations() -> list[Combination]:
-    """All that the entries themselves say go together."""
-    found = []
+def _combinations() -> list[Any]:
+    """All that the entries themselves say go together.
+
+    PEFT's tuners share their code: each tells enough in one combination, the rest is slow.
+    """
+    found: list[Any] = []
     for name, adapter in catalogue.entries("adapters").items():
         for method_name in catalogue.entries("methods"):
             method = catalogue.find("methods", method_name)
@@ -91,7 +96,12 @@ def _combinations() -> list[Combination]:
                 if not fits or (task, method_name) not in FORMAT:
                     continue
                 kinds = ("llama", "bert") if task == "text-classification" else ("llama",)
-                found += [Combination(name, method_name, task, kind) for kind in kinds]
+                many = isinstance(adapter, Tuner) and (task, method_name) != COMMON
+                marks = [pytest.mark.slow] if many else []
+                found += [
+                    pytest.param(case, id=str(case), marks=marks)
+                    for case in (Combination(name, method_name, task, kind) for kind in kinds)
+                ]
     return found
 
 
@@ -134,6 +144,7 @@ def order_for(home: Path, case: Combination, resume: Path | None = None) -> RunO
     method = catalogue.find("methods", case.method)
     config = method.Config(max_steps=STEPS, batch_size=4, learning_rate=5e-3, max_length=128)  # type: ignore[call-arg]
     adapter = catalogue.find("adapters", case.adapter)
+    example = {key: value for key, value in adapter.example.items() if key != "type"}
     file = DataFile(
         file_id="file-1",
         sha256="0" * 64,
@@ -147,7 +158,7 @@ def order_for(home: Path, case: Combination, resume: Path | None = None) -> RunO
         model=BaseModelRef(name="example/base"),
         task=Use(type=case.task),
         method=Use(type=case.method, config=config.model_dump(mode="json")),
-        adapter=Use(type=case.adapter, config=adapter.Config().model_dump(mode="json")),
+        adapter=Use(type=case.adapter, config=adapter.Config(**example).model_dump(mode="json")),
         transforms=(Use(type="chat_template", config={"name": "chatml"}),) if chat else (),
         data=Data(training=file, validation=file),
         seed=3,
@@ -182,7 +193,7 @@ def losses(events: list[Any]) -> dict[int, float]:
     }
 
 
-@pytest.mark.parametrize("case", _combinations(), ids=str)
+@pytest.mark.parametrize("case", _combinations())
 def test_it_trains_resumes_and_exports(case: Combination, home: Path, tmp_path: Path) -> None:
     whole = run(order_for(home, case), tmp_path / "whole")
     assert sorted(losses(whole)) == [1, 2, 3, 4]
