@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from tunery.entries import Hyperparameters, Method
+from tunery.errors import UnsupportedCombination
+from tunery.methods._neftune import noisy_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,6 +25,20 @@ class SupervisedConfig(Hyperparameters):
         "assistant",
         description="Tokens that are learnt: the assistant's replies (of prompt/completion rows, "
         "the completions) with their end-of-turn token, or all.",
+    )
+    label_smoothing_factor: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each target that is spread evenly over the whole vocabulary (of "
+        "classification, over the labels). Evaluations are without it.",
+    )
+    neftune_noise_alpha: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="NEFTune: noise on the embeddings while training, uniform between plus and "
+        "minus this divided by the square root of tokens times hidden size; 5 to 15 are common.",
     )
 
 
@@ -45,14 +62,24 @@ class Supervised:
         ]
     }
 
-    def objective(self, config: Any, run: MethodRun) -> Objective:
-        """Maximum likelihood, as the task defines it."""
-        return _Likelihood(run)
+    def objective(self, config: SupervisedConfig, run: MethodRun) -> Objective:
+        """Maximum likelihood, as the task defines it.
+
+        Raises:
+            UnsupportedCombination: labels are to be smoothed and the task's loss does not do that.
+        """
+        smoothing = config.label_smoothing_factor
+        if smoothing and not getattr(run.task, "smooths_labels", False):
+            raise UnsupportedCombination(
+                "this task's loss takes no label_smoothing_factor", hint="leave it out"
+            )
+        return _Likelihood(replace(run, label_smoothing=smoothing), config.neftune_noise_alpha)
 
 
 class _Likelihood:
-    def __init__(self, run: MethodRun) -> None:
+    def __init__(self, run: MethodRun, noise_alpha: float | None) -> None:
         self._run = run
+        self._noise_alpha = noise_alpha
 
     def units(self, example: Example) -> float:
         return self._run.task.units(example)
@@ -61,7 +88,10 @@ class _Likelihood:
         """The untrained model has nothing to say here."""
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
-        return self._run.task.supervised_loss(model, batch, self._run)
+        if self._noise_alpha is None or not model.training:
+            return self._run.task.supervised_loss(model, batch, self._run)
+        with noisy_embeddings(model, batch, self._noise_alpha):
+            return self._run.task.supervised_loss(model, batch, self._run)
 
 
 ENTRY: type[Method] = Supervised

@@ -53,6 +53,7 @@ class TextClassification:
 class Runtime:
     """A document and its class id in, cross entropy over the classes out."""
 
+    smooths_labels = True
     peft_task_type: str | None = "SEQ_CLS"
     layouts: frozenset[Layout] = frozenset({"rows"})
 
@@ -145,7 +146,10 @@ class Runtime:
 
         logits_EC = self.logits(model, batch)
         assert batch.targets is not None
-        loss = functional.cross_entropy(logits_EC, batch.targets, reduction="sum")
+        smoothing = run.label_smoothing if model.training else 0.0
+        loss = functional.cross_entropy(
+            logits_EC, batch.targets, reduction="sum", label_smoothing=smoothing
+        )
         predictions = logits_EC.detach().argmax(dim=1)
         correct = (predictions == batch.targets).sum().float()
         return LossOutput(

@@ -58,6 +58,7 @@ class TextGeneration:
 class Runtime:
     """Documents of tokens in, losses of their supervised tokens out."""
 
+    smooths_labels = True
     peft_task_type: str | None = "CAUSAL_LM"
     layouts: frozenset[Layout] = frozenset({"rows", "packed"})
 
@@ -101,14 +102,15 @@ class Runtime:
         return collate(examples, layout=layout, pad_id=pad_id)
 
     def units(self, example: Example) -> float:
-        """Supervised tokens, each times its document's weight."""
-        return sum(document.supervised * document.weight for document in example.documents)
+        """Supervised tokens, each times its weight."""
+        return sum(document.weighted for document in example.documents)
 
     def supervised_loss(self, model: nn.Module, batch: Batch, run: MethodRun) -> LossOutput:
         """Sum of the weighted negative log-likelihoods, and token accuracy."""
         from tunery.training.types import LossOutput
 
-        losses = run.token_losses(model, batch)
+        smoothing = run.label_smoothing if model.training else 0.0
+        losses = run.token_losses(model, batch, label_smoothing=smoothing)
         weighted = losses.nll if batch.target_weights is None else losses.nll * batch.target_weights
         count = losses.correct.new_full((), batch.supervised)
         return LossOutput(

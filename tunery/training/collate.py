@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tunery.training.types import IGNORE, TAGS, Batch
+from tunery.training.types import DISCOUNTS, IGNORE, TAGS, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +55,7 @@ def collate(
         supervised=len(ids) if tags is None else int((tags != IGNORE).sum()),
         extras={**tracks, **{name: stacked(examples, name) for name in inputs}},
         tags=tags,
+        lengths=torch.from_numpy(lengths),
     )
 
 
@@ -65,7 +66,7 @@ def stacked(examples: Sequence[Example], name: str) -> torch.Tensor:
 
 def _tracks(documents: Sequence[Document], layout: Layout, width: int) -> dict[str, torch.Tensor]:
     """The tracks of all documents, (B, T); padding is 0, of tags `IGNORE`."""
-    names = {name for document in documents for name in document.tracks}
+    names = {name for document in documents for name in document.tracks} - {DISCOUNTS}
     return {name: _track(documents, name, layout, width) for name in sorted(names)}
 
 
@@ -84,15 +85,23 @@ def _targets(
     documents: Sequence[Document], starts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Flat positions, next tokens, documents and weights of what is learnt; each (S,)."""
-    where, ids, owners = [], [], []
+    where, ids, owners, weights = [], [], [], []
     for number, document in enumerate(documents):
         learnt = np.flatnonzero(document.labels[1:] != IGNORE)
         where.append(learnt + starts[number])
         ids.append(document.labels[1:][learnt].astype(np.int64))
         owners.append(np.full(len(learnt), number, dtype=np.int64))
-    owner = np.concatenate(owners)
-    weight = np.array([document.weight for document in documents], dtype=np.float32)
-    return np.concatenate(where).astype(np.int64), np.concatenate(ids), owner, weight[owner]
+        weights.append(_weights(document, learnt))
+    owner, weight = np.concatenate(owners), np.concatenate(weights)
+    return np.concatenate(where).astype(np.int64), np.concatenate(ids), owner, weight
+
+
+def _weights(document: Document, learnt: np.ndarray) -> np.ndarray:
+    """Of the tokens after the positions `learnt`: float32."""
+    weights = np.full(len(learnt), document.weight, dtype=np.float32)
+    if DISCOUNTS in document.tracks:
+        weights *= 1 - document.tracks[DISCOUNTS][1:][learnt]
+    return weights
 
 
 def _input_ids(

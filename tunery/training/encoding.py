@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import numpy as np
 
 from tunery.errors import InvalidData
-from tunery.training.types import IGNORE, Document, Example
+from tunery.training.types import DISCOUNTS, IGNORE, Document, Example
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -124,20 +124,24 @@ def _conversation(
     text = chat.render(len(chat.messages))
     ids, offsets = _tokenise(text, tokenizer)
     if options.train_on == "all":
-        learnt = [True] * len(ids)
+        learnt = [1.0] * len(ids)
     else:
-        learnt = [False] * len(ids)
+        learnt = [0.0] * len(ids)
         for span in chat.spans(text):
             for position in _positions(span, ids, offsets, text, _specials(tokenizer)):
-                learnt[position] = True
+                learnt[position] = span.weight
     ids, learnt = _one_bos(ids, learnt, tokenizer.bos_token_id)
     return _document(ids, learnt, options.max_length)
 
 
-def _document(ids: Sequence[int], learnt: Sequence[bool], max_length: int) -> Document:
+def _document(ids: Sequence[int], learnt: Sequence[float], max_length: int) -> Document:
+    """`learnt` says by which weight: 0 is not at all."""
     input_ids = np.asarray(ids[:max_length], dtype=np.int32)
-    keep = np.asarray(learnt[:max_length], dtype=bool)
-    return Document(input_ids, np.where(keep, input_ids, np.int32(IGNORE)))
+    weights = np.asarray(learnt[:max_length], dtype=np.float32)
+    labels = np.where(weights != 0, input_ids, np.int32(IGNORE))
+    if np.isin(weights, (0, 1)).all():
+        return Document(input_ids, labels)
+    return Document(input_ids, labels, tracks={DISCOUNTS: 1 - weights})
 
 
 def _flat(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,6 +158,7 @@ class _Span:
 
     start: int
     end: int
+    weight: float = 1.0
 
 
 class _Chat:
@@ -174,8 +179,9 @@ class _Chat:
             "chat_template": self.template,
             **(row.get("chat_template_kwargs") or {}),
         }
-        self.learnt = [
-            message["role"] == "assistant" and message.get("weight", 1) != 0 for message in messages
+        self.weights = [
+            float(message.get("weight", 1)) if message["role"] == "assistant" else 0.0
+            for message in messages
         ]
 
     def render(self, count: int, *, ask: bool = False) -> str:
@@ -197,13 +203,17 @@ class _Chat:
             ) from error
 
     def spans(self, text: str) -> list[_Span]:
-        """Of the learnt replies, in order."""
-        if not any(self.learnt):
+        """Of the learnt replies, in order, each with its weight."""
+        if not any(self.weights):
             return []
         marked = self._marked(text) if _GENERATION.search(self.template) else None
         if marked is not None:
             return marked
-        return [self._difference(i, text) for i, learnt in enumerate(self.learnt) if learnt]
+        return [
+            replace(self._difference(i, text), weight=weight)
+            for i, weight in enumerate(self.weights)
+            if weight
+        ]
 
     def _marked(self, text: str) -> list[_Span] | None:
         """By the template's marks; None where they cannot be told apart by message."""
@@ -222,11 +232,15 @@ class _Chat:
             ),
         )
         found = [_Span(*pair) for pair in indices[0]]
-        both = zip(self.messages, self.learnt, strict=True)
-        replies = [learnt for message, learnt in both if message["role"] == "assistant"]
+        both = zip(self.messages, self.weights, strict=True)
+        replies = [weight for message, weight in both if message["role"] == "assistant"]
         if rendered[0] != text or len(found) != len(replies):
             return None
-        return [span for span, learnt in zip(found, replies, strict=True) if learnt]
+        return [
+            replace(span, weight=weight)
+            for span, weight in zip(found, replies, strict=True)
+            if weight
+        ]
 
     def _difference(self, i: int, text: str) -> _Span:
         """What message `i` added to the text."""
@@ -337,13 +351,13 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _one_bos(ids: list[int], learnt: list[bool], bos: int | None) -> tuple[list[int], list[bool]]:
+def _one_bos(ids: list[int], learnt: list[float], bos: int | None) -> tuple[list[int], list[float]]:
     """BOS at most once in front, and never learnt."""
     if bos is None or ids[:1] != [bos]:
         return ids, learnt
     if ids[1:2] == [bos]:
         ids, learnt = ids[1:], learnt[1:]
-    return ids, [False, *learnt[1:]]
+    return ids, [0.0, *learnt[1:]]
 
 
 def _common_prefix(a: str, b: str) -> int:

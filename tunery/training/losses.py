@@ -72,17 +72,27 @@ class TokenLossComputer:
             raise UnsupportedCombination("this model has no head that predicts tokens")
         return self._found
 
-    def __call__(self, model: nn.Module, batch: Batch) -> TokenLosses:
-        """Losses of the batch's supervised tokens, in `Batch.target_ids`' order."""
+    def __call__(
+        self, model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
+    ) -> TokenLosses:
+        """Losses of the batch's supervised tokens, in `Batch.target_ids`' order.
+
+        Args:
+            label_smoothing: share of each target that is spread evenly over the vocabulary.
+        """
         if self._chunked(batch):
-            return self._by_chunks(model, batch)
+            return self._by_chunks(model, batch, label_smoothing)
+        return token_losses(self.logits(model, batch), batch.target_ids, label_smoothing)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(S, V): what the model gives every token at the supervised positions, with graph."""
         self.used.add("plain")
         with self._gather(batch) if self.policy.compact else _nothing():
             logits = self._forward(model, batch)
         rows = logits.reshape(-1, logits.shape[-1])
         if not self.policy.compact:
             rows = rows[_flat_positions(batch, logits.shape[1])]
-        return token_losses(rows, batch.target_ids)
+        return rows
 
     def _forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(**batch.inputs(), **borders(batch), use_cache=False).logits  # type: ignore[no-any-return]
@@ -95,7 +105,7 @@ class TokenLossComputer:
         needed = batch.supervised * self._vocabulary * 4
         return self._chunkable and needed > self.policy.max_logits_bytes
 
-    def _by_chunks(self, model: nn.Module, batch: Batch) -> TokenLosses:
+    def _by_chunks(self, model: nn.Module, batch: Batch, label_smoothing: float) -> TokenLosses:
         self.used.add("chunked")
         caught: list[Tensor] = []
 
@@ -109,7 +119,12 @@ class TokenLossComputer:
         finally:
             handle.remove()
         nll, correct = _ChunkedHead.apply(
-            caught[0], self._head.weight, self._head.bias, batch.target_ids, self.policy.chunk_rows
+            caught[0],
+            self._head.weight,
+            self._head.bias,
+            batch.target_ids,
+            self.policy.chunk_rows,
+            label_smoothing,
         )  # type: ignore[no-untyped-call]
         return TokenLosses(nll=nll, correct=correct)
 
@@ -129,10 +144,14 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def token_losses(logits_SV: Tensor, target_ids: Tensor) -> TokenLosses:
+def token_losses(
+    logits_SV: Tensor, target_ids: Tensor, label_smoothing: float = 0.0
+) -> TokenLosses:
     """Losses from logits whose row s predicts `target_ids[s]`."""
     logits_SV = logits_SV.float()
-    nll = functional.cross_entropy(logits_SV, target_ids, reduction="none")
+    nll = functional.cross_entropy(
+        logits_SV, target_ids, reduction="none", label_smoothing=label_smoothing
+    )
     with torch.no_grad():
         said = logits_SV.gather(1, target_ids[:, None]).squeeze(1)
         correct = (said >= logits_SV.amax(dim=1)).float() if len(said) else said
@@ -164,9 +183,10 @@ def _can_chunk(head: nn.Module | None, config: Any) -> bool:
 class _ChunkedHead(torch.autograd.Function):
     """Frozen head and cross entropy in tiles of rows.
 
-    Every loss has gradient (softmax - onehot) @ W with respect to its own row, scaled by what flows
-    back into it. So that product is formed while the tile's logits are at hand, and the backward
-    pass is one multiplication: 4 V H operations per token, as with a plain head that is frozen.
+    Every loss has gradient (softmax - target) @ W with respect to its own row, scaled by what flows
+    back into it; the target is one token, or (1 - e) of it and e / V of every token. So that
+    product is formed while the tile's logits are at hand, and the backward pass is one
+    multiplication: 4 V H operations per token, as with a plain head that is frozen.
     """
 
     @staticmethod
@@ -177,6 +197,7 @@ class _ChunkedHead(torch.autograd.Function):
         bias_V: Tensor | None,
         target_ids: Tensor,
         chunk_rows: int,
+        label_smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         rows = hidden_SH.shape[0]
         nll = hidden_SH.new_empty(rows, dtype=torch.float32)
@@ -190,10 +211,15 @@ class _ChunkedHead(torch.autograd.Function):
             said = logits.gather(1, targets).squeeze(1)
             norm = logits.logsumexp(dim=1)
             nll[span] = norm - said
+            if label_smoothing:
+                nll[span].lerp_(norm - logits.mean(dim=1), label_smoothing)
             correct[span] = (said >= logits.amax(dim=1)).float()
             if keep:
                 softmax = logits.sub_(norm[:, None]).exp_()
-                softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0))
+                share = softmax.new_full(targets.shape, label_smoothing - 1.0)
+                softmax.scatter_add_(1, targets, share)
+                if label_smoothing:
+                    softmax.sub_(label_smoothing / softmax.shape[1])
                 slope_SH[span] = softmax.to(weight_VH.dtype) @ weight_VH
         ctx.save_for_backward(slope_SH)
         ctx.mark_non_differentiable(correct)
@@ -202,4 +228,4 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (slope_SH,) = ctx.saved_tensors
-        return slope_SH * grad_nll[:, None].to(slope_SH.dtype), None, None, None, None
+        return slope_SH * grad_nll[:, None].to(slope_SH.dtype), *[None] * 5

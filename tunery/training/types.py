@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    import numpy as np
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +32,8 @@ IGNORE = -100
 """Label of a position that is not supervised, as everywhere in transformers."""
 TAGS = "tags"
 """The track of class ids of the tokens themselves."""
+DISCOUNTS = "discounts"
+"""The track of what is taken off each supervised token's weight: float32, 0..1."""
 
 Layout = Literal["rows", "packed"]
 """rows: a document per row, padded on the right. packed: one row, documents end to end, positions
@@ -51,8 +53,9 @@ class Document:
             shifted; `labels[0]` is never learnt, there is nothing to predict it from.
         weight: multiplies the loss of each of its supervised tokens, and counts as much in the
             normaliser.
-        tracks: further arrays with an entry per token, shape (T,), by name: `tags`, see below, or
-            an argument of the model such as `token_type_ids`; 0 where a document has none.
+        tracks: further arrays with an entry per token, shape (T,), by name: `tags`, see below,
+            `discounts`, or an argument of the model such as `token_type_ids`; 0 where a document
+            has none.
     """
 
     input_ids: np.ndarray
@@ -70,6 +73,14 @@ class Document:
         """Number of tokens that are predicted, or classified, and scored."""
         scored = self.labels[1:] if self.tags is None else self.tags
         return int((scored != IGNORE).sum())
+
+    @property
+    def weighted(self) -> float:
+        """The predicted tokens, each counted by its weight."""
+        if DISCOUNTS not in self.tracks:
+            return self.supervised * self.weight
+        kept = 1 - self.tracks[DISCOUNTS][1:][self.labels[1:] != IGNORE]
+        return float(kept.sum(dtype=np.float64)) * self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +162,8 @@ class Batch:
     """What else a task's model wants, by argument name."""
     tags: Tensor | None = None
     """int64 (B, T): class ids of the tokens themselves, `IGNORE` where there are none."""
+    lengths: Tensor | None = None
+    """int64 (D,): tokens of each document; None where the documents are not the model's input."""
     feeds_tokens: bool = True
     """Whether the tokens are the model's input; else all that it reads is in `extras`."""
 
@@ -197,6 +210,7 @@ class TokenLosses:
 
     Attributes:
         nll: (S,), negative log-likelihood of each, in nats, float32, with graph; not weighted.
+            Under label smoothing e, (1 - e) of it and e of the vocabulary's mean.
         correct: (S,), float32 without graph: 1 where the token was the most likely one.
     """
 
@@ -307,6 +321,8 @@ def examples_of(encoded: Example | Sequence[Example]) -> Sequence[Example]:
 class TaskRuntime(Protocol):
     """The half of a task that needs torch."""
 
+    smooths_labels: bool
+    """Whether `supervised_loss` heeds `MethodRun.label_smoothing`."""
     peft_task_type: str | None
     """PEFT's `TaskType` value, for instance CAUSAL_LM or SEQ_CLS; None where PEFT has none."""
     layouts: frozenset[Layout]
@@ -390,6 +406,20 @@ class AdapterRun:
     revision: str | None = None
 
 
+class ComputesTokenLosses(Protocol):
+    """What the model says about the supervised tokens, by body and head."""
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
+    ) -> TokenLosses:
+        """Losses in `Batch.target_ids`' order."""
+        ...
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(S, V) with graph: of each token at each supervised position, where all are needed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class MethodRun:
     """What a method's `objective` is given.
@@ -401,9 +431,12 @@ class MethodRun:
         reference: context in which the model answers as it did before training (a PEFT adapter is
             switched off). None for full fine-tuning: `Objective.prepare` has to look before.
         seed: for methods that draw.
+        label_smoothing: share of each target that `TaskRuntime.supervised_loss` spreads evenly over
+            all classes, in training. Above 0 only where the task `smooths_labels`.
     """
 
     task: TaskRuntime
-    token_losses: Callable[[nn.Module, Batch], TokenLosses]
+    token_losses: ComputesTokenLosses
     reference: Callable[[], AbstractContextManager[Any]] | None
     seed: int
+    label_smoothing: float = 0.0

@@ -98,7 +98,8 @@ BAD_CHATS: list[tuple[Any, str | None, str]] = [
     (chat(say("user")), "messages", "no_assistant_turn"),
     (chat(say("user"), say("assistant", weight=2)), "messages.1.weight", "bad_weight"),
     (chat(say("user"), say("assistant", weight=True)), "messages.1.weight", "bad_weight"),
-    (chat(say("user"), say("assistant", weight=0.5)), "messages.1.weight", "bad_weight"),
+    (chat(say("user"), say("assistant", weight=-0.5)), "messages.1.weight", "bad_weight"),
+    (chat(say("user"), say("assistant", weight="1")), "messages.1.weight", "bad_weight"),
     (chat(say("user"), say("assistant"), tools={}), "tools", "bad_tool_schema"),
     (chat(say("user"), say("assistant"), tools=[CANARY]), "tools.0", "bad_tool_schema"),
     (

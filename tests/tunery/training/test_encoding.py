@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tunery.errors import InvalidData
+from tunery.training.collate import collate
 from tunery.training.encoding import encode_row
-from tunery.training.types import IGNORE, EncodeOptions
-
-if TYPE_CHECKING:
-    from tunery.training.types import Example
+from tunery.training.types import IGNORE, EncodeOptions, Example
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -107,6 +105,20 @@ def test_a_message_of_weight_zero_is_read_and_not_learnt(
     assert learnt(example, tokenizer) == ["Good.<|im_end|>"]
     assert "Bad." in whole(example, tokenizer)
     assert "weight" not in whole(example, tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_message_of_half_weight_is_learnt_by_half(template: str, make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(template)
+    row = chat("Hi", "So so.", "Again", "Good.")
+    row["messages"][1]["weight"] = 0.25
+    document = encode_row(row, tokenizer, options("chat"), 0).documents[0]
+    # "So so." and "Good." are bytes, each with a stop token: 7 tokens of 0.25 and 6 of 1.
+    assert (document.supervised, document.weighted) == (13, 7.75)
+    batch = collate([Example((document,), None, 0)], layout="rows", pad_id=0)
+    assert batch.target_weights is not None
+    assert batch.target_weights.tolist() == [0.25] * 7 + [1.0] * 6
+    assert batch.extras == {}
 
 
 def test_a_template_with_eos_and_a_bos_per_turn(make_tokenizer: Any) -> None:

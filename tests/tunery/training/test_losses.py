@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.trainer_pt_utils import LabelSmoother
 
 from tunery.training import packing
 from tunery.training.collate import collate
@@ -72,7 +73,8 @@ def test_the_chunked_head_scales_with_what_flows_back(lab: Any) -> None:
         torch.testing.assert_close(plain, chunked, rtol=1e-4, atol=1e-4)
 
 
-def test_the_chunked_head_agrees_with_finite_differences() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_chunked_head_agrees_with_finite_differences(smoothing: float) -> None:
     from tunery.training.losses import _ChunkedHead
 
     torch.manual_seed(0)
@@ -82,9 +84,11 @@ def test_the_chunked_head_agrees_with_finite_differences() -> None:
 
     def total(x: torch.Tensor) -> torch.Tensor:
         # The losses leave the function in float32, so the differences are taken by hand.
-        return torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            x @ weight.T, targets, reduction="sum", label_smoothing=smoothing
+        )
 
-    nll, _ = _ChunkedHead.apply(hidden, weight, None, targets, 2)
+    nll, _ = _ChunkedHead.apply(hidden, weight, None, targets, 2, smoothing)
     nll.sum().backward()
     eps = 1e-6
     for i, j in ((0, 0), (3, 2), (4, 3)):
@@ -92,6 +96,16 @@ def test_the_chunked_head_agrees_with_finite_differences() -> None:
         step[i, j] = eps
         slope = (total(hidden + step) - total(hidden - step)) / (2 * eps)
         assert hidden.grad[i, j].item() == pytest.approx(slope.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_smoothed_losses_are_those_of_transformers(lab: Any, policy: HeadPolicy) -> None:
+    model = lab.lora(random_b=True)
+    batch = rows(lab.examples(6))
+    losses = TokenLossComputer(model.get_base_model(), policy)(model, batch, label_smoothing=0.2)
+    logits = model(**batch.inputs()).logits.flatten(0, 1)[batch.target_positions]
+    theirs = LabelSmoother(epsilon=0.2)({"logits": logits}, batch.target_ids)
+    assert losses.nll.mean().item() == pytest.approx(theirs.item(), abs=1e-5)
 
 
 def test_accuracy_counts_the_most_likely_token() -> None:

@@ -64,8 +64,8 @@ def _check_weight(message: Row, role: Any, at: str) -> Iterator[Finding]:
     weight = message.get("weight")
     if weight is None:
         return
-    if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
-        yield Finding("bad_weight", "weight must be the integer 0 or 1", f"{at}.weight")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        yield Finding("bad_weight", "weight must be a number from 0 to 1", f"{at}.weight")
     elif role != "assistant":
         yield Finding("bad_weight", "only an assistant's weight counts", f"{at}.weight", "warning")
 
