@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tunery import catalogue
 from tunery.data import formats
 from tunery.data.formats import Finding, Format
 from tunery.data.formats._base import as_it_is, check_strings
+from tunery.data.read import read_rows
+from tunery.data.validate import validate
 from tunery.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -84,3 +90,69 @@ def test_a_miss_lists_what_there_is() -> None:
     with pytest.raises(InvalidConfig) as caught:
         formats.find("prose")
     assert "chat" in (caught.value.hint or "")
+
+
+# One row each: format, the row, its normal form, its labels.
+ROWS: list[tuple[str, Any, Any, list[str] | None]] = [
+    (
+        "token_classification",
+        {"tokens": ["Ada", "L"], "ner_tags": [1, 2]},
+        {"tokens": ["Ada", "L"], "tags": ["1", "2"]},
+        ["1", "2"],
+    ),
+    (
+        "token_classification",
+        {"tokens": "Ada L", "tags": "B-PER O"},
+        {"tokens": ["Ada", "L"], "tags": ["B-PER", "O"]},
+        ["B-PER", "O"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "normal", "labels"), ROWS)
+def test_rows_are_detected_and_have_one_normal_form(
+    name: str, row: Any, normal: Any, labels: list[str] | None
+) -> None:
+    found = formats.detect(row)
+    assert isinstance(found, Format)
+    assert found.name == name
+    assert [f.code for f in found.check(row)] == []
+    assert found.normal(row) == normal
+    assert (None if found.labels is None else list(found.labels(normal))) == labels
+
+
+@pytest.mark.parametrize(("name", "row", "normal", "labels"), ROWS)
+def test_the_same_rows_are_read_from_csv_and_parquet(
+    name: str, row: Any, normal: Any, labels: list[str] | None, tmp_path: Path
+) -> None:
+    parquet = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), parquet)
+    cells = [v if isinstance(v, str) else json.dumps(v) for v in row.values()]
+    quoted = ",".join(f'"{c.replace(chr(34), chr(34) * 2)}"' for c in cells)
+    csv = tmp_path / "rows.csv"
+    csv.write_text(",".join(row) + "\n" + quoted + "\n")
+    for path in (parquet, csv):
+        assert [found for _, found in read_rows(path, path.suffix)] == [normal]
+        report = validate(path, path.suffix)
+        assert report.format == name
+        assert report.labels == (None if labels is None else formats.sorted_labels(labels))
+
+
+@pytest.mark.parametrize(
+    ("good", "row", "path", "code"),
+    [
+        ("token_classification", {"tokens": ["a"], "tags": ["O", "O"]}, "tags", "wrong_length"),
+        (
+            "token_classification",
+            {"tokens": ["a", 7], "tags": ["O", "O"]},
+            "tokens.1",
+            "wrong_type",
+        ),
+        ("token_classification", {"tokens": ["a"], "tags": [1.5]}, "tags.0", "wrong_type"),
+        ("token_classification", {"tokens": [], "tags": []}, "tokens", "missing_field"),
+        ("token_classification", {"tokens": ["a"]}, "tags", "missing_field"),
+    ],
+)
+def test_what_is_wrong_is_named_by_path_and_code(good: str, row: Any, path: str, code: str) -> None:
+    first = next(formats.check(row, formats.find(good)))
+    assert (first.path, first.code) == (path, code)
