@@ -111,7 +111,7 @@ def _plain(
         ids, learnt = [_bos(tokenizer), *ids], [False, *learnt]
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids, learnt = [*ids, _eos(tokenizer)], [*learnt, True]
-    return _document(ids, learnt, options.max_length)
+    return _document(ids, learnt, options.limit)
 
 
 def _conversation(
@@ -131,13 +131,13 @@ def _conversation(
             for position in _positions(span, ids, offsets, text, _specials(tokenizer)):
                 learnt[position] = span.weight
     ids, learnt = _one_bos(ids, learnt, tokenizer.bos_token_id)
-    return _document(ids, learnt, options.max_length)
+    return _document(ids, learnt, options.limit)
 
 
-def _document(ids: Sequence[int], learnt: Sequence[float], max_length: int) -> Document:
+def _document(ids: Sequence[int], learnt: Sequence[float], limit: int | None) -> Document:
     """`learnt` says by which weight: 0 is not at all."""
-    input_ids = np.asarray(ids[:max_length], dtype=np.int32)
-    weights = np.asarray(learnt[:max_length], dtype=np.float32)
+    input_ids = np.asarray(ids[:limit], dtype=np.int32)
+    weights = np.asarray(learnt[:limit], dtype=np.float32)
     labels = np.where(weights != 0, input_ids, np.int32(IGNORE))
     if np.isin(weights, (0, 1)).all():
         return Document(input_ids, labels)

@@ -167,6 +167,8 @@ class _Survey:
         tagged = any(document.tags is not None for document in example.documents)
         possible = example.tokens - (0 if tagged else len(example.documents))
         self.shares.append(trained / possible if possible else 0.0)
+        if self.options.whole:
+            return
         for document in example.documents:
             if document.supervised and document.tags is None and not self._cut(document):
                 self.stops[_last_trained(document)] += 1
@@ -174,6 +176,8 @@ class _Survey:
     def _kinds(self, example: Example) -> Iterator[str]:
         """What there is to say about a row, by finding."""
         documents = example.documents
+        if self.options.whole:
+            return  # Blocks of the rows' text begin and end wherever they do.
         if any(self._cut(document) for document in documents):
             yield "rows_truncated"
         if any(self.bos is not None and _twice(d.input_ids, self.bos) for d in documents):

@@ -39,7 +39,7 @@ from tunery.training.merging import MUCH_LOST, merge
 from tunery.training.optimizer import OptimizerSettings
 from tunery.training.preflight import inspect
 from tunery.training.store import build, cache_key
-from tunery.training.types import AdapterRun, EncodeOptions, MethodRun, examples_of
+from tunery.training.types import AdapterRun, EncodeOptions, MethodRun, Regroups, examples_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -329,12 +329,15 @@ class Trainer:
                 "transforms": [use.model_dump(mode="json") for use in self.spec.transforms],
                 "task": self.spec.task.model_dump(mode="json"),
                 "method": self.spec.method.type,
+                "grouping": self._regroups.grouping if self._regroups else None,
                 "tokenizer": _tokenizer_sha256(self.tokenizer, Path(self.order.base_model_path)),
             }
         )
         kept = self.switches.token_cache and self.order.cache_dir
         root = Path(self.order.cache_dir or "") if kept else self.workdir / "tokens"
         examples = self._examples(file, path, options, held_out)
+        if self._regroups:
+            examples = self._regroups.regroup(examples)
         try:
             store = build(examples, self.objective.units, root / key)
         except InvalidData as error:
@@ -361,7 +364,12 @@ class Trainer:
             max_length=config.max_length,
             train_on=getattr(config, "train_on", "assistant"),
             labels=file.labels,
+            whole=self._regroups is not None,
         )
+
+    @property
+    def _regroups(self) -> Regroups | None:
+        return self.objective if isinstance(self.objective, Regroups) else None
 
     def _examples(
         self, file: DataFile, path: str, options: EncodeOptions, held_out: bool

@@ -13,7 +13,7 @@ entries import from it under `TYPE_CHECKING` or inside functions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -294,6 +294,18 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Regroups(Protocol):
+    """An `Objective` that makes its own examples of the encoded rows, which come to it whole."""
+
+    grouping: str
+    """Names all that decides it: equal names, equal examples."""
+
+    def regroup(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """Other examples of the same documents, drawn lazily."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
     """How rows become examples. Equal options, equal tokens: they are part of the cache's key.
@@ -304,6 +316,8 @@ class EncodeOptions:
         train_on: which tokens of a chat or prompt_completion row are supervised.
         labels: class names in id order, classification only.
         chat_template: overrides the tokenizer's own; its hash is recorded.
+        whole: rows are encoded whole, whatever their length, because a `Regroups` objective makes
+            examples of `max_length` of them.
     """
 
     format: DataFormat
@@ -311,6 +325,12 @@ class EncodeOptions:
     train_on: Literal["assistant", "all"] = "assistant"
     labels: tuple[str, ...] | None = None
     chat_template: str | None = None
+    whole: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens after which a row is cut off."""
+        return None if self.whole else self.max_length
 
 
 def examples_of(encoded: Example | Sequence[Example]) -> Sequence[Example]:
