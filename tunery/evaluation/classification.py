@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Sequence, Set
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,40 @@ def weighted_f1(truths: Sequence[Hashable], predictions: Sequence[Hashable]) -> 
     return sum(score.f1 * score.support for score in scores) / len(truths)
 
 
-def _check(truths: Sequence[Hashable], predictions: Sequence[Hashable]) -> None:
+@dataclass(frozen=True)
+class SetScores:
+    """Scores of label sets, 0..1, as in scikit-learn with zero_division=0."""
+
+    micro_f1: float
+    macro_f1: float
+    subset_accuracy: float
+
+
+def label_sets(
+    truths: Sequence[Set[int]], predictions: Sequence[Set[int]], classes: int
+) -> SetScores:
+    """F1 over all decisions, mean of the classes' F1, and share of sets that are wholly right.
+
+    Raises:
+        ValueError: no examples, or the two differ in length.
+    """
+    _check(truths, predictions)
+    support = Counter(label for labels in truths for label in labels)
+    predicted = Counter(label for labels in predictions for label in labels)
+    hits = Counter(label for a, b in zip(truths, predictions, strict=True) for label in a & b)
+    every = support.total() + predicted.total()
+    each = (
+        2 * hits[label] / both if (both := support[label] + predicted[label]) else 0.0
+        for label in range(classes)
+    )
+    return SetScores(
+        micro_f1=2 * hits.total() / every if every else 0.0,
+        macro_f1=sum(each) / classes,
+        subset_accuracy=sum(a == b for a, b in zip(truths, predictions, strict=True)) / len(truths),
+    )
+
+
+def _check(truths: Sequence[object], predictions: Sequence[object]) -> None:
     if len(truths) != len(predictions):
         raise ValueError(f"{len(truths)} truths against {len(predictions)} predictions")
     if not truths:

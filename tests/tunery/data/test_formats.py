@@ -106,6 +106,37 @@ ROWS: list[tuple[str, Any, Any, list[str] | None]] = [
         {"tokens": ["Ada", "L"], "tags": ["B-PER", "O"]},
         ["B-PER", "O"],
     ),
+    (
+        "classification",
+        {"premise": "a", "hypothesis": "b", "label": "yes"},
+        {"text": "a", "text_pair": "b", "label": "yes"},
+        ["yes"],
+    ),
+    (
+        "classification",
+        {"text": "a", "text_pair": "b", "label": "yes"},
+        {"text": "a", "text_pair": "b", "label": "yes"},
+        ["yes"],
+    ),
+    (
+        "multi_label",
+        {"text": "a", "labels": ["y", "x", "y"]},
+        {"text": "a", "labels": ["x", "y"]},
+        ["x", "y"],
+    ),
+    ("regression", {"text": "a", "target": "1.5"}, {"text": "a", "target": 1.5}, None),
+    (
+        "regression",
+        {"text": "a", "text_pair": "b", "score": 2},
+        {"text": "a", "text_pair": "b", "target": 2.0},
+        None,
+    ),
+    (
+        "similarity",
+        {"sentence1": "a", "sentence2": "b", "score": 4.5},
+        {"sentence1": "a", "sentence2": "b", "score": 4.5},
+        None,
+    ),
 ]
 
 
@@ -151,6 +182,12 @@ def test_the_same_rows_are_read_from_csv_and_parquet(
         ("token_classification", {"tokens": ["a"], "tags": [1.5]}, "tags.0", "wrong_type"),
         ("token_classification", {"tokens": [], "tags": []}, "tokens", "missing_field"),
         ("token_classification", {"tokens": ["a"]}, "tags", "missing_field"),
+        ("classification", {"text": "a", "text_pair": 7, "label": 1}, "text_pair", "wrong_type"),
+        ("multi_label", {"text": "a", "labels": "x"}, "labels", "wrong_type"),
+        ("multi_label", {"text": "a", "labels": ["x", 1.5]}, "labels.1", "wrong_type"),
+        ("regression", {"text": "a", "target": "much"}, "target", "wrong_type"),
+        ("regression", {"text": "a", "target": "nan"}, "target", "wrong_type"),
+        ("similarity", {"sentence1": 1, "sentence2": "b", "score": 1}, "sentence1", "wrong_type"),
     ],
 )
 def test_what_is_wrong_is_named_by_path_and_code(good: str, row: Any, path: str, code: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -95,3 +96,14 @@ def check_label(label: Any, path: str) -> Iterator[Finding]:
 def as_it_is(row: Row) -> Row:
     """A row that is its own normal form."""
     return {key: value for key, value in row.items() if value is not None}
+
+
+def number_of(value: Any) -> float | None:
+    """A finite number, or text that is one, as text is all that CSV has; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
