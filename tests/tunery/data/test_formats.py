@@ -92,6 +92,8 @@ def test_a_miss_lists_what_there_is() -> None:
     assert "chat" in (caught.value.hint or "")
 
 
+QUESTION = {"question": "who", "context": "Ada did"}
+
 # One row each: format, the row, its normal form, its labels.
 ROWS: list[tuple[str, Any, Any, list[str] | None]] = [
     (
@@ -129,6 +131,26 @@ ROWS: list[tuple[str, Any, Any, list[str] | None]] = [
         "regression",
         {"text": "a", "text_pair": "b", "score": 2},
         {"text": "a", "text_pair": "b", "target": 2.0},
+        None,
+    ),
+    (
+        "question_answering",
+        {
+            "question": "who",
+            "context": "Ada did",
+            "answers": {"text": ["Ada"], "answer_start": [0]},
+        },
+        {
+            "question": "who",
+            "context": "Ada did",
+            "answers": [{"text": "Ada", "answer_start": 0}],
+        },
+        None,
+    ),
+    (
+        "question_answering",
+        {"question": "who", "context": "Ada did", "answers": []},
+        {"question": "who", "context": "Ada did", "answers": []},
         None,
     ),
     (
@@ -187,6 +209,19 @@ def test_the_same_rows_are_read_from_csv_and_parquet(
         ("multi_label", {"text": "a", "labels": ["x", 1.5]}, "labels.1", "wrong_type"),
         ("regression", {"text": "a", "target": "much"}, "target", "wrong_type"),
         ("regression", {"text": "a", "target": "nan"}, "target", "wrong_type"),
+        ("question_answering", {**QUESTION, "answers": "x"}, "answers", "wrong_type"),
+        (
+            "question_answering",
+            {**QUESTION, "answers": [{"text": "did", "answer_start": 3}]},
+            "answers.0.answer_start",
+            "answer_not_in_context",
+        ),
+        (
+            "question_answering",
+            {**QUESTION, "answers": [{"text": "", "answer_start": 3}]},
+            "answers.0.text",
+            "wrong_type",
+        ),
         ("similarity", {"sentence1": 1, "sentence2": "b", "score": 1}, "sentence1", "wrong_type"),
     ],
 )
