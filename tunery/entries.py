@@ -9,13 +9,14 @@ torch: the API reads every entry to publish its schema and to check requests.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tunery.training.hooks import StepHook, StepsRun
     from tunery.training.types import AdapterRun, MethodRun, Objective, TaskRuntime
 
 DataFormat = str
@@ -123,6 +124,24 @@ class Adapter(Entry, Protocol):
 
         A PEFT adapter returns a `PeftModel`, seeded by `run.seed`.
         """
+        ...
+
+
+@runtime_checkable
+class Rated(Protocol):
+    """An adapter whose parameters do not all learn at one rate."""
+
+    def rate(self, config: Any, parameter: str) -> float:
+        """What multiplies the learning rate of the parameter of that name."""
+        ...
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """An adapter that does something in each optimizer step; it trains on one rank or under ddp."""
+
+    def hook(self, config: Any, run: StepsRun) -> StepHook | None:
+        """What it does, or None where these settings ask for nothing."""
         ...
 
 

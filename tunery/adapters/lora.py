@@ -1,4 +1,4 @@
-"""LoRA, with rank-stabilised scaling, DoRA, and PEFT's initialisations that need no data."""
+"""LoRA, with rank-stabilised scaling, DoRA, LoRA+, and PEFT's initialisations that need no data."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _CHANGES_BASE = frozenset({"pissa", "olora"})
 """Initialisations that take what they put into A and B out of the base's weights."""
+_NOT_PEFTS = {"lr_ratio"}
+"""A setting of the optimizer, which PEFT's configuration does not know."""
 
 
 class LoraConfig(EntryConfig):
@@ -71,6 +73,13 @@ class LoraConfig(EntryConfig):
     )
     alpha_pattern: dict[str, int | float] = Field(
         default_factory=dict, description="Other lora_alpha by module name."
+    )
+    lr_ratio: float = Field(
+        1.0,
+        ge=1,
+        le=1024,
+        description="LoRA+: B learns at this multiple of the learning rate, 16 in the paper, with "
+        "about half of LoRA's own. 1 is LoRA.",
     )
     modules_to_save: tuple[str, ...] = Field(
         (), description="Embeddings or heads trained in full beside the adapter, such as lm_head."
@@ -147,7 +156,7 @@ class Lora:
         """
         from peft import LoraConfig as PeftLoraConfig
 
-        settings = config.model_dump(exclude={"target_modules", "modules_to_save"})
+        settings = config.model_dump(exclude=_NOT_PEFTS | {"target_modules", "modules_to_save"})
         layers = settings.pop("layers_to_transform")
         return _peft.wrap(
             run,
@@ -160,6 +169,10 @@ class Lora:
                 **settings,
             ),
         )
+
+    def rate(self, config: LoraConfig, parameter: str) -> float:
+        """lr_ratio for B, 1 for the rest."""
+        return config.lr_ratio if ".lora_B." in parameter else 1.0
 
 
 ENTRY: type[Adapter] = Lora

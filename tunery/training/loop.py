@@ -50,6 +50,8 @@ class LoopSettings:
     checkpoint_every: int | None = None
     metrics: tuple[str, ...] = ("loss",)
     switches: Switches = field(default_factory=Switches)
+    calibration_steps: int = 0
+    """Steps whose gradients the adapter's hook sees before a run's first update."""
 
 
 @dataclass
@@ -147,6 +149,8 @@ class Loop:
         else:
             self.reporter.phase("training")
         self.engine.model.train()
+        if self.state.step == 0:
+            self._calibrate()
         self._clock.start()
         while self.state.step < self.settings.total_steps:
             stop, checkpoint = self._step()
@@ -212,6 +216,13 @@ class Loop:
     ) -> None:
         units = float(store.units[list(micro.examples)].sum())
         meter.add(out, units, step=self.state.step, micro=number)
+
+    def _calibrate(self) -> None:
+        """Gradients before the first update, over the run's first examples, for the hook."""
+        for step in range(self.settings.calibration_steps):
+            chosen = self._chosen(step)
+            self._accumulate(chosen, float(self.train.units[chosen].sum()), Meter())
+            self.engine.calibrate()
 
     def _dropout_seed(self) -> int:
         """Of this rank's step: a step repeated, or resumed at, draws the same."""

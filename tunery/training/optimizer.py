@@ -16,11 +16,14 @@ import torch
 from tunery.errors import CheckpointCorrupt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
+    from tunery.training.hooks import StepHook
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_HOOK = "hook/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,14 @@ class OptimizerSettings:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     flat: bool = True
+    rate: Callable[[str], float] | None = None
+    """Multiplies the learning rate of the parameter of that name; None: all alike."""
+    hook: StepHook | None = None
+    """What the adapter does in each step beside the update."""
+
+    def rate_of(self, name: str) -> float:
+        """Multiplier of the parameter's learning rate."""
+        return 1.0 if self.rate is None else self.rate(name)
 
 
 @dataclass(slots=True)
@@ -71,15 +82,15 @@ class Optimizer:
         """What AdamW updates: float32."""
         self._grads: list[Tensor] = []
         """Flat only: where backward passes add up, in the parameters' own precision."""
-        decay = [pair for pair in trained if pair[1].ndim >= 2]
-        rest = [pair for pair in trained if pair[1].ndim < 2]
         groups = []
-        for members, weight_decay in ((decay, settings.weight_decay), (rest, 0.0)):
+        for (vectors, rate), members in alike(trained, settings).items():
             first = len(self._leaves)
             for dtype in sorted({p.dtype for _, p in members}, key=str):
                 self._add([pair for pair in members if pair[1].dtype == dtype])
-            if len(self._leaves) > first:
-                groups.append({"params": self._leaves[first:], "weight_decay": weight_decay})
+            decay = 0.0 if vectors else settings.weight_decay
+            groups.append(
+                {"params": self._leaves[first:], "weight_decay": decay, "multiplier": rate}
+            )
         self.adamw = torch.optim.AdamW(
             groups,
             lr=settings.learning_rate,
@@ -149,16 +160,39 @@ class Optimizer:
         Returns:
             The gradients' global L2 norm before clipping: float32 scalar on the device.
         """
+        hook = self.settings.hook
         for leaf, gradient in zip(self._leaves, self._leaf_gradients(), strict=True):
             leaf.grad = gradient
+        if hook is not None:
+            hook.before_clip(self._named_gradients())
         norm = _clip(self._leaves, self.settings.max_grad_norm)
+        if hook is not None:
+            hook.after_clip(self._named_gradients(), self._steps)
         for group in self.adamw.param_groups:
-            group["lr"] = self.learning_rate_at(self._steps)
+            group["lr"] = self.learning_rate_at(self._steps) * group["multiplier"]
         self.adamw.step()
         self._steps += 1
         self._publish()
+        if hook is not None:
+            hook.after_update(self._steps)
         self.discard()
         return norm
+
+    def calibrate(self) -> None:
+        """Show the gradients to the adapter's hook, and drop them."""
+        assert self.settings.hook is not None
+        for leaf, gradient in zip(self._leaves, self._leaf_gradients(), strict=True):
+            leaf.grad = gradient
+        self.settings.hook.calibrate(self._named_gradients())
+        self.discard()
+
+    def _named_gradients(self) -> dict[str, Tensor]:
+        """Views of the float32 gradients, in the parameters' shapes, by parameter name."""
+        return {
+            slot.name: slot.view(grad)
+            for slot in self._slots
+            if (grad := self._leaves[slot.leaf].grad) is not None
+        }
 
     def _leaf_gradients(self) -> list[Tensor | None]:
         if self.settings.flat:
@@ -189,7 +223,8 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Copies on the CPU, by parameter name: `<name>.value`, `.exp_avg` and `.exp_avg_sq`.
 
-        `value` is the float32 master. The layout in memory does not show.
+        `value` is the float32 master. The layout in memory does not show. What the adapter's hook
+        remembers has keys that begin with `hook/`.
         """
         out = {}
         for slot in self._slots:
@@ -199,6 +234,9 @@ class Optimizer:
                 out[f"{slot.name}.{moment}"] = (
                     slot.view(self.adamw.state[leaf][moment]).cpu().clone()
                 )
+        if self.settings.hook is not None:
+            for name, tensor in self.settings.hook.state().items():
+                out[_HOOK + name] = tensor.detach().cpu().clone()
         return out
 
     @torch.no_grad()
@@ -217,6 +255,10 @@ class Optimizer:
             self.adamw.state[leaf]["step"].fill_(steps + earlier)
         self._publish()
         self._steps = steps
+        if self.settings.hook is not None:
+            cut = len(_HOOK)
+            kept = {name[cut:]: value for name, value in state.items() if name.startswith(_HOOK)}
+            self.settings.hook.load(kept)
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
         wanted = {
@@ -224,11 +266,23 @@ class Optimizer:
             for slot in self._slots
             for part in ("value", *_MOMENTS)
         }
-        if wanted != {name: tensor.shape for name, tensor in state.items()}:
+        found = {name: t.shape for name, t in state.items() if not name.startswith(_HOOK)}
+        if wanted != found:
             raise CheckpointCorrupt(
                 "the checkpoint's trained parameters are not those of this run",
                 hint="resume with the adapter settings that the checkpoint was made with",
             )
+
+
+def alike(
+    trained: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings
+) -> dict[tuple[bool, float], list[tuple[str, nn.Parameter]]]:
+    """Parameters by what they are updated with: whether they are vectors, and their rate."""
+    found: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in trained:
+        key = (parameter.ndim < 2, settings.rate_of(name))
+        found.setdefault(key, []).append((name, parameter))
+    return dict(sorted(found.items()))
 
 
 def _clip(leaves: list[nn.Parameter], max_norm: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import math
 import os
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer
 from tunery import catalogue
 from tunery.data.read import read_rows
 from tunery.data.validate import OVERLAP, overlap
+from tunery.entries import Rated, Stepping
 from tunery.errors import AppError, BaseModelUnavailable, InvalidData
 from tunery.resolve import total_steps
 from tunery.training import packing, protocol
@@ -32,6 +34,7 @@ from tunery.training.encoding import ENCODER_VERSION, template_sha256
 from tunery.training.engines import engine_for
 from tunery.training.failures import failure
 from tunery.training.features import switches
+from tunery.training.hooks import StepsRun
 from tunery.training.loop import Loop, LoopSettings, LoopState
 from tunery.training.losses import HeadPolicy, TokenLossComputer
 from tunery.training.memory import peak_bytes
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from tunery.spec import DataFile, Use
     from tunery.training.control import StopFlag
     from tunery.training.engines import Engine
+    from tunery.training.hooks import StepHook
     from tunery.training.preflight import Preflight
     from tunery.training.protocol import Event, RunOrder
     from tunery.training.store import TokenStore
@@ -192,6 +196,7 @@ class Trainer:
         self._warn_of_overlap()
         self.layout = self._layout()
         self._precompute()
+        self.hook = self._hook()
         engine.prepare(self.model, self._optimizer_settings())
         self._resume()
         self._start_event()
@@ -294,7 +299,25 @@ class Trainer:
             epsilon=config.adam_epsilon,
             max_grad_norm=config.max_grad_norm,
             flat=self.switches.flat_optimizer,
+            rate=self._rate,
+            hook=self.hook,
         )
+
+    @property
+    def _rate(self) -> Callable[[str], float] | None:
+        """The adapter's multipliers of the learning rate, where it has any."""
+        adapter = self.entries.adapter
+        if not isinstance(adapter, Rated):
+            return None
+        return functools.partial(adapter.rate, self.entries.adapter_config)
+
+    def _hook(self) -> StepHook | None:
+        """What the adapter does in each step, where it does anything."""
+        adapter = self.entries.adapter
+        if not isinstance(adapter, Stepping):
+            return None
+        run = StepsRun(self.model, self.total_steps, self.spec.seed)
+        return adapter.hook(self.entries.adapter_config, run)
 
     @property
     def total_steps(self) -> int:
@@ -522,6 +545,7 @@ class Trainer:
                 evaluate_every=spec.evaluation.every_steps,
                 checkpoint_every=spec.checkpoints.every_steps,
                 metrics=spec.evaluation.metrics,
+                calibration_steps=self.hook.calibration_steps if self.hook else 0,
                 switches=replace(
                     self.switches, length_split=self.switches.length_split and config.packing
                 ),

@@ -57,6 +57,10 @@ class Engine(Protocol):
         """Sum over ranks, clip, update; returns the gradient norm before clipping (scalar)."""
         ...
 
+    def calibrate(self) -> None:
+        """Sum over ranks and show the gradients to the adapter's hook instead of updating."""
+        ...
+
     def discard(self) -> None:
         """Drop the gradients of the step."""
         ...

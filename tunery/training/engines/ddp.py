@@ -47,9 +47,16 @@ class DdpEngine(SingleEngine):
                 dist.broadcast(parameter.data, src=0)
 
     def step(self) -> Tensor:
+        self._sum()
+        return super().step()
+
+    def calibrate(self) -> None:
+        self._sum()
+        super().calibrate()
+
+    def _sum(self) -> None:
         for gradient in self.optimizer.gradients():
             dist.all_reduce(gradient)
-        return super().step()
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:
         together = torch.tensor(flags, dtype=torch.int32)

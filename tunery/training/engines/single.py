@@ -45,6 +45,9 @@ class SingleEngine:
     def step(self) -> Tensor:
         return self.optimizer.step()
 
+    def calibrate(self) -> None:
+        self.optimizer.calibrate()
+
     def discard(self) -> None:
         self.optimizer.discard()
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tunery.errors import CheckpointCorrupt, NotSupported
 from tunery.training.engines.ddp import DdpEngine
 from tunery.training.engines.single import STATE
+from tunery.training.optimizer import alike
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +50,7 @@ class ZeroEngine(DdpEngine):
         from transformers import get_scheduler
 
         half = _half(model)
-        self._refuse(model, half)
+        self._refuse(model, half, settings)
         self.settings = settings
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: parameter.shape for name, parameter in self._trained.items()}
@@ -73,7 +74,7 @@ class ZeroEngine(DdpEngine):
         self.model = self._engine
         self._allocate_state()
 
-    def _refuse(self, model: nn.Module, half: bool) -> None:
+    def _refuse(self, model: nn.Module, half: bool, settings: OptimizerSettings) -> None:
         """What this stage cannot do.
 
         Raises:
@@ -83,6 +84,12 @@ class ZeroEngine(DdpEngine):
             raise NotSupported(
                 "deepspeed_zero0 keeps no float32 weights beside bfloat16 ones",
                 hint="use ddp, which is the same without DeepSpeed and does, or precision fp32",
+                param="ext.compute.strategy",
+            )
+        if settings.hook is not None:
+            raise NotSupported(
+                "this adapter looks at each step's gradients, which DeepSpeed does not show",
+                hint="use ddp",
                 param="ext.compute.strategy",
             )
         adapters: dict[str, Any] = getattr(model, "peft_config", {})
@@ -96,13 +103,14 @@ class ZeroEngine(DdpEngine):
 
     def _groups(self) -> list[dict[str, Any]]:
         """Weight decay spares vectors, as in the other engines."""
-        matrices = [p for p in self._trained.values() if p.ndim >= 2]
-        vectors = [p for p in self._trained.values() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+        return [
+            {
+                "params": [parameter for _, parameter in members],
+                "weight_decay": 0.0 if vectors else self.settings.weight_decay,
+                "lr": self.settings.learning_rate * rate,
+            }
+            for (vectors, rate), members in alike(self._trained.items(), self.settings).items()
         ]
-        return [group for group in groups if group["params"]]
 
     def _config(self, half: bool) -> dict[str, Any]:
         return {
@@ -152,6 +160,14 @@ class ZeroEngine(DdpEngine):
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         return norm
+
+    def calibrate(self) -> None:
+        """Never called: `prepare` refuses adapters with a hook, which alone ask for it.
+
+        Raises:
+            NotSupported: always.
+        """
+        raise NotSupported("DeepSpeed's gradients are not shown to adapters")
 
     def _norm(self) -> Tensor:
         """Stage 0 clips without telling: the gradients are whole and summed after `backward`."""
