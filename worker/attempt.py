@@ -26,6 +26,7 @@ from core.artifacts.publish import (
     drop_old_resumes,
     metrics_csv,
     publish_checkpoint,
+    put_once,
 )
 from core.db import attempts, claims, events, logs, metrics
 from core.ids import FILE, new_id
@@ -315,11 +316,12 @@ class Attempt:
             self.survivors = end.survivors
             # Nobody is left to write to the pipes: both end.
             await asyncio.gather(*reading)
+            self._prompt.set()  # its last words do not wait for the store
+            self._pending.put_nowait(None)
+            await self._settled(publishing)
             ended.set()
             self._prompt.set()
             await reporting  # not cancelled: what it has taken would be lost
-            self._pending.put_nowait(None)
-            await self._settled(publishing)
         finally:
             tasks = (*reading, watching, reporting, publishing)
             for task in tasks:
@@ -403,7 +405,7 @@ class Attempt:
     # The record ------------------------------------------------------------------------------
 
     async def _report_regularly(self, ended: asyncio.Event) -> None:
-        """Write every so often, until the trainer has `ended`; a write that runs is finished."""
+        """Write every so often, until all has `ended`; a write that runs is finished."""
         while not ended.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._prompt.wait(), REPORT_S)
@@ -654,7 +656,7 @@ class Attempt:
         key = f"files/{self._claim.project_id}/{file_id}"
         path = self._scratch / "metrics.csv"
         await asyncio.to_thread(path.write_bytes, table)
-        await patiently(lambda: self._tools.store.put(key, path))
+        await patiently(lambda: put_once(self._tools.store, key, path))
         return key, file_id
 
     async def _commit(

@@ -37,14 +37,17 @@ PATIENCE_S = 600.0
 """How long an absent store or database is waited for, while the lease is kept."""
 
 
-async def patiently(action: Callable[[], Awaitable[T]], within_s: float = PATIENCE_S) -> T:
+async def patiently(action: Callable[[], Awaitable[T]], within_s: float | None = None) -> T:
     """Repeat what fails for reasons that time cures, with growing, jittered pauses.
+
+    Args:
+        within_s: how long; None: `PATIENCE_S`.
 
     Raises:
         TransientError: it was still failing when the patience was over. `Fenced` at once.
     """
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + within_s
+    give_up = loop.time() + (PATIENCE_S if within_s is None else within_s)
     pause_s = 0.2
     while True:
         try:

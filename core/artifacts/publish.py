@@ -77,7 +77,7 @@ async def publish_checkpoint(
     prefix = step_prefix(claim, event.step)
     entries = await asyncio.to_thread(build, folder)
     for entry in entries:
-        await _put_once(store, f"{prefix}/{entry.path}", folder / entry.path)
+        await put_once(store, f"{prefix}/{entry.path}", folder / entry.path)
     rows = as_json(entries)
     document = {
         "version": 1,
@@ -89,7 +89,7 @@ async def publish_checkpoint(
         "spec_sha256": hashlib.sha256(canonical(claim.spec)).hexdigest(),
         "files": rows,
     }
-    await _put_once(store, f"{prefix}/manifest.json", _chunks(canonical(document)))
+    await put_once(store, f"{prefix}/manifest.json", _chunks(canonical(document)))
     async with db.begin() as session:
         row = await checkpoints.insert(
             session,
@@ -116,12 +116,16 @@ async def publish_checkpoint(
     return row
 
 
-async def _put_once(store: ArtifactStore, key: str, data: Path | AsyncIterator[bytes]) -> None:
-    """Write a key of our own attempt. It may be there: from us, before a failure, and whole."""
+async def put_once(store: ArtifactStore, key: str, data: Path | AsyncIterator[bytes]) -> None:
+    """Write a key that is ours alone. It may be there: from us, before a failure, and whole.
+
+    Raises:
+        StoreUnavailable: try again.
+    """
     try:
         await store.put(key, data)
     except Conflict:
-        log.info("checkpoint.already_there", key=key)
+        log.info("artifact.already_there", key=key)
 
 
 async def _chunks(data: bytes) -> AsyncIterator[bytes]:
