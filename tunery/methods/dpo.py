@@ -5,26 +5,43 @@ With d = (log p(w) - log p_ref(w)) - (log p(l) - log p_ref(l)) over a pair's rep
     loss = -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)
 
 e is `label_smoothing`, the share of pairs taken to be labelled the wrong way round. The reference
-is the untrained model: the adapter switched off, or remembered from before the first step.
+is the untrained model: the adapter switched off, or remembered from before the first step. Other
+losses of the family stand in `_dpo_losses.py`; several may be added up.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunery.entries import Hyperparameters, Method
-from tunery.errors import InvalidConfig
+from tunery.methods import _preference
+from tunery.methods._dpo_losses import LOSSES, Ratios
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
 
     from tunery.entries import EntryConfig
-    from tunery.training.types import Batch, Example, LossOutput, MethodRun, Objective
+    from tunery.training.types import Batch, Example, LossOutput, MethodRun, Objective, TokenLosses
+
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "sft",
+]
 
 
 class DpoConfig(Hyperparameters):
@@ -37,8 +54,20 @@ class DpoConfig(Hyperparameters):
         description="Inverse temperature of the implicit reward. Larger stays closer to the "
         "reference model.",
     )
+    loss_type: LossType | tuple[LossType, ...] = Field(
+        "sigmoid",
+        description="The loss, by its name in TRL, or several to add up. `sft` is the mean "
+        "negative log-likelihood of the preferred replies' tokens.",
+    )
+    loss_weights: tuple[float, ...] | None = Field(
+        None, description="A factor for each of several losses; by default all are 1."
+    )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of pairs taken to be labelled the wrong way round."
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Share of pairs taken to be labelled the wrong way round, for the losses "
+        "`sigmoid`, `robust` and `exo_pair`.",
     )
     precompute_ref_log_probs: bool = Field(
         False,
@@ -49,6 +78,23 @@ class DpoConfig(Hyperparameters):
     disable_dropout: bool = Field(
         True, description="Turn all dropout off, so that policy and reference are comparable."
     )
+
+    @property
+    def losses(self) -> dict[LossType, float]:
+        """Names and factors of what is added up."""
+        names = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        return dict(zip(names, self.loss_weights or [1.0] * len(names), strict=True))
+
+    @model_validator(mode="after")
+    def _losses_make_sense(self) -> DpoConfig:
+        names = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        if not names or len(set(names)) != len(names):
+            raise ValueError("loss_type: one loss or more, each once")
+        if self.loss_weights is not None and len(self.loss_weights) != len(names):
+            raise ValueError(f"loss_weights: {len(names)} factors are expected, one for each loss")
+        if "exo_pair" in names and not self.label_smoothing:
+            raise ValueError("loss_type exo_pair needs a label_smoothing above 0")
+        return self
 
 
 class Dpo:
@@ -67,11 +113,7 @@ class Dpo:
         "type": "dpo",
         "dpo": {"hyperparameters": {"beta": 0.1, "n_epochs": 1}},
     }
-    example_row: ClassVar[Mapping[str, Any]] = {
-        "input": {"messages": [{"role": "user", "content": "Is the shop open on Sunday?"}]},
-        "preferred_output": [{"role": "assistant", "content": "Yes, from ten to four."}],
-        "non_preferred_output": [{"role": "assistant", "content": "No idea."}],
-    }
+    example_row: ClassVar[Mapping[str, Any]] = _preference.EXAMPLE_ROW
 
     def objective(self, config: DpoConfig, run: MethodRun) -> Objective:
         """The preference loss, with the reference that the run can give."""
@@ -89,35 +131,47 @@ def dpo_loss(
     *,
     beta: float,
     label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    tokens_B2: Tensor | None = None,
 ) -> Tensor:
     """Loss of each of B pairs, in nats, shape (B,).
 
     Each argument is the summed log-probability of a reply, shape (B,), float32: near -500
     neighbouring bfloat16 values are 2 nats apart, more than most margins.
 
+    Args:
+        tokens_B2: lengths of the replies, for the losses that count by token.
+
     Raises:
         ValueError: the four batches differ in shape.
     """
-    from torch.nn import functional
-
     shapes = {tuple(t.shape) for t in (chosen_B, rejected_B, ref_chosen_B, ref_rejected_B)}
     if len(shapes) != 1:
         raise ValueError(f"pairs of different shapes: {sorted(shapes)}")
-    margin_B = (chosen_B - ref_chosen_B) - (rejected_B - ref_rejected_B)
-    loss_B = -functional.logsigmoid(beta * margin_B)
-    if label_smoothing:
-        wrong_B = -functional.logsigmoid(-beta * margin_B)
-        loss_B = (1 - label_smoothing) * loss_B + label_smoothing * wrong_B
-    return loss_B
+    lengths_B2 = chosen_B.new_ones(len(chosen_B), 2) if tokens_B2 is None else tokens_B2
+    ratios = Ratios(
+        chosen=chosen_B - ref_chosen_B,
+        rejected=rejected_B - ref_rejected_B,
+        chosen_tokens=lengths_B2[:, 0],
+        rejected_tokens=lengths_B2[:, 1],
+        beta=beta,
+        smoothing=label_smoothing,
+    )
+    return LOSSES[loss_type](ratios)
 
 
 class _Preference:
     def __init__(self, config: DpoConfig, run: MethodRun) -> None:
         self._config = config
         self._run = run
-        self._remembers = config.precompute_ref_log_probs or run.reference is None
-        self._reference: dict[int, Tensor] = {}
-        """By `Batch.indices`: (preferred, non-preferred), float32 (2,), on the device."""
+        self._reference = _preference.Reference(
+            run,
+            lambda model, batch: _pairs(run.token_losses(model, batch), batch),
+            remembers=config.precompute_ref_log_probs,
+            drops=not config.disable_dropout,
+        )
+        self._step = (1, 1)
+        """Pairs, and tokens of preferred replies, of the whole step."""
 
     def units(self, example: Example) -> float:
         """One: the loss is the mean over pairs.
@@ -125,95 +179,58 @@ class _Preference:
         Raises:
             InvalidConfig: the example is not a pair.
         """
-        if len(example.documents) != 2:
-            raise InvalidConfig(f"row {example.index} is not a pair of replies")
+        _preference.check_pair(example)
         return 1.0
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Turn dropout off, and remember the reference's scores if that is how it goes."""
         if self._config.disable_dropout:
-            _no_dropout(model)
-        if not self._remembers:
-            return
-        was_training = model.training
-        model.eval()
-        for batch in batches:
-            for index, scores in zip(batch.indices, self._ask_reference(model, batch), strict=True):
-                self._reference[index] = scores
-        model.train(was_training)
+            _preference.no_dropout(model)
+        self._reference.prepare(model, batches)
+
+    def begin(self, examples: Iterable[Example]) -> None:
+        """Count what the likelihood of preferred replies is a mean over."""
+        if "sft" in self._config.losses:
+            self._step = _preference.chosen_tokens(examples)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Sum over the batch's pairs, and TRL's names for the rewards and their margins."""
-        import torch
-
         from tunery.training.types import LossOutput
 
-        chosen, rejected = self._scores(model, batch).unbind(1)
-        ref_chosen, ref_rejected = self._reference_scores(model, batch).unbind(1)
-        config = self._config
-        losses = dpo_loss(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
+        tokens = self._run.token_losses(model, batch)
+        chosen, rejected = _pairs(tokens, batch).unbind(1)
+        ref_chosen, ref_rejected = self._reference(model, batch).unbind(1)
+        total = chosen.new_zeros(())
+        for name, weight in self._config.losses.items():
+            if name == "sft":
+                total = total + weight * self._likelihood(tokens, batch)
+                continue
+            losses = dpo_loss(
+                chosen,
+                rejected,
+                ref_chosen,
+                ref_rejected,
+                beta=self._config.beta,
+                label_smoothing=self._config.label_smoothing,
+                loss_type=name,
+                tokens_B2=batch.document_tokens().view(-1, 2),
+            )
+            total = total + weight * losses.sum()
+        sums = _preference.pair_sums(
+            chosen - ref_chosen,
+            rejected - ref_rejected,
+            self._config.beta,
+            chosen=chosen,
+            rejected=rejected,
         )
-        with torch.no_grad():
-            good = config.beta * (chosen - ref_chosen)
-            bad = config.beta * (rejected - ref_rejected)
-            values = {
-                "rewards/chosen": good,
-                "rewards/rejected": bad,
-                "rewards/margins": good - bad,
-                "rewards/accuracies": (good > bad).float(),
-                "logps/chosen": chosen.detach(),
-                "logps/rejected": rejected.detach(),
-            }
-            count = losses.new_full((), len(losses))
-            sums = {name: (value.sum(), count) for name, value in values.items()}
-        return LossOutput(loss=losses.sum(), sums=sums)
+        return LossOutput(loss=total, sums=sums)
 
-    def _scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Summed log-probabilities (E, 2): preferred, non-preferred."""
-        losses = self._run.token_losses(model, batch)
-        return losses.document_logprobs(batch).view(-1, 2)
-
-    def _reference_scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        if self._remembers:
-            import torch
-
-            return torch.stack([self._reference[index] for index in batch.indices])
-        return self._ask_reference(model, batch)
-
-    def _ask_reference(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(E, 2) from the untrained model, without graph and without dropout."""
-        from contextlib import nullcontext
-
-        import torch
-
-        untrained = self._run.reference or nullcontext
-        drops = model.training and not self._config.disable_dropout
-        with torch.no_grad(), untrained(), _evaluating(model) if drops else nullcontext():
-            return self._scores(model, batch)
+    def _likelihood(self, tokens: TokenLosses, batch: Batch) -> Tensor:
+        """The batch's part of the step's mean over tokens, times its pairs: the loop divides."""
+        pairs, count = self._step
+        return tokens.nll[_preference.of_chosen(batch)].sum() * (pairs / max(count, 1))
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
-def _no_dropout(model: nn.Module) -> None:
-    """Dropout layers, and the rates that attention modules hand to their kernel."""
-    from torch import nn
-
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)
+def _pairs(tokens: TokenLosses, batch: Batch) -> Tensor:
+    """Summed log-probabilities (E, 2): preferred, non-preferred."""
+    return tokens.document_logprobs(batch).view(-1, 2)

@@ -77,10 +77,11 @@ def _preference(
 ) -> tuple[Document, ...]:
     context = _context(row["input"]["messages"])
     extra = {**row, **row["input"]}
-    return tuple(
+    both = [
         _conversation([*context, *row[side]], extra, tokenizer, options)
         for side in ("preferred_output", "non_preferred_output")
-    )
+    ]
+    return (_with_prompt(both[0]) if options.score_prompts else both[0], both[1])
 
 
 _ENCODERS = {
@@ -142,6 +143,14 @@ def _document(ids: Sequence[int], learnt: Sequence[float], limit: int | None) ->
     if np.isin(weights, (0, 1)).all():
         return Document(input_ids, labels)
     return Document(input_ids, labels, tracks={DISCOUNTS: 1 - weights})
+
+
+def _with_prompt(document: Document) -> Document:
+    """Every token supervised, those of the prompt with weight 0."""
+    prompt = document.labels == IGNORE
+    return Document(
+        document.input_ids, document.input_ids, tracks={DISCOUNTS: prompt.astype(np.float32)}
+    )
 
 
 def _flat(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from tunery.errors import NonFiniteLoss
 from tunery.training import batching, memory
 from tunery.training.features import Switches
 from tunery.training.meter import LOSS, Meter, Reading
-from tunery.training.types import Evaluated, Outcome
+from tunery.training.source import Held
+from tunery.training.types import AsksModel, Evaluated, Outcome, SeesSteps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tunery.training.batching import MicroBatch
     from tunery.training.control import StopFlag
     from tunery.training.engines import Engine
+    from tunery.training.source import Examples
     from tunery.training.store import TokenStore
     from tunery.training.types import Batch, Layout, LossOutput, Objective, TaskRuntime
 
@@ -130,7 +132,7 @@ class Loop:
         self.state.budget = self.state.budget or settings.micro_batch_tokens
         self._meter = Meter()
         self._clock = _Clock()
-        self._running: tuple[TokenStore, MicroBatch] | None = None
+        self._running: tuple[Examples, MicroBatch] | None = None
         self._norm: torch.Tensor | None = None
 
     def run(self) -> bool:
@@ -201,6 +203,7 @@ class Loop:
 
     def _accumulate(self, chosen: np.ndarray, units: float, meter: Meter) -> None:
         torch.manual_seed(self._dropout_seed())
+        self._announce(self.train, chosen)
         planned = self._plan(self.train, chosen)
         scale = 1 / units if units else 0.0
         with self._batches(self.train, planned) as batches:
@@ -210,6 +213,39 @@ class Loop:
                 self.engine.backward(loss, last=number == len(planned) - 1)
                 if not micro.ghost:
                     self._note(meter, self.train, micro, out, number)
+
+    def _announce(self, store: TokenStore, chosen: np.ndarray) -> None:
+        """Tell the objective of the whole step, where it wants to know."""
+        if isinstance(self.objective, SeesSteps):
+            self.objective.begin(store[int(number)] for number in chosen)
+        if not isinstance(self.objective, AsksModel):
+            return
+        asked = Held(
+            self.objective.questions(store[int(number)] for number in chosen), lambda _: 1.0
+        )
+        if not len(asked):
+            return
+        while True:
+            with memory.attempt(alone=not self.engine.even) as tried:
+                mine = self._answers(self.objective, asked)
+            (failed,) = self.engine.agree(tried.failed)
+            if not failed:
+                break
+            self._shrink(tried.failed)
+        told = [answer for answer in self.engine.gather(mine) if answer]
+        self.objective.told([sum(values) for values in zip(*told, strict=True)])
+
+    @torch.no_grad()
+    def _answers(self, objective: AsksModel, asked: Held) -> list[float]:
+        """This rank's sums; empty where it had nothing to ask."""
+        total: torch.Tensor | None = None
+        planned = self._plan(asked, np.arange(len(asked)))
+        with self._batches(asked, planned) as batches:
+            for micro, batch in zip(planned, batches, strict=True):
+                sums = objective.answers(self.engine.model, batch)
+                if not micro.ghost:
+                    total = sums if total is None else total + sums
+        return [] if total is None else total.tolist()
 
     def _note(
         self, meter: Meter, store: TokenStore, micro: MicroBatch, out: LossOutput, number: int
@@ -229,7 +265,7 @@ class Loop:
         words = np.random.SeedSequence((self.settings.seed, self.state.step, self.engine.rank))
         return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def _plan(self, store: TokenStore, chosen: np.ndarray) -> list[MicroBatch]:
+    def _plan(self, store: Examples, chosen: np.ndarray) -> list[MicroBatch]:
         return batching.plan(
             chosen,
             store.longest,
@@ -245,7 +281,7 @@ class Loop:
 
     @contextmanager
     def _batches(
-        self, store: TokenStore, planned: Sequence[MicroBatch]
+        self, store: Examples, planned: Sequence[MicroBatch]
     ) -> Iterator[Iterator[Batch]]:
         """Micro-batches on the device; with prefetching, one is made while another is used."""
         if not (self.settings.switches.prefetch and self.device.type == "cuda"):
@@ -255,7 +291,7 @@ class Loop:
             yield self._ahead(pool, store, planned)
 
     def _ahead(
-        self, pool: ThreadPoolExecutor, store: TokenStore, planned: Sequence[MicroBatch]
+        self, pool: ThreadPoolExecutor, store: Examples, planned: Sequence[MicroBatch]
     ) -> Iterator[Batch]:
         ready = [pool.submit(self._collated, store, micro) for micro in planned[:2]]
         for number, micro in enumerate(planned):
@@ -265,11 +301,11 @@ class Loop:
                 ready.append(pool.submit(self._collated, store, planned[number + 2]))
             yield batch
 
-    def _batch(self, store: TokenStore, micro: MicroBatch) -> Batch:
+    def _batch(self, store: Examples, micro: MicroBatch) -> Batch:
         self._running = (store, micro)
         return self._collated(store, micro).to(self.device)
 
-    def _collated(self, store: TokenStore, micro: MicroBatch) -> Batch:
+    def _collated(self, store: Examples, micro: MicroBatch) -> Batch:
         examples = [store[number] for number in micro.examples]
         layout, pad_id = self.settings.layout, self.settings.pad_id
         batch = self.task.collate(examples, layout=layout, pad_id=pad_id)
@@ -449,7 +485,9 @@ class Loop:
         """This rank's share: sums, and by example number what the task keeps of it."""
         meter = Meter()
         kept: dict[int, dict[str, np.ndarray]] = {}
-        planned = self._plan(store, np.arange(len(store)))
+        everything = np.arange(len(store))
+        self._announce(store, everything)
+        planned = self._plan(store, everything)
         with self._batches(store, planned) as batches:
             for micro, batch in zip(planned, batches, strict=True):
                 out = self.objective.loss(self.engine.model, batch)

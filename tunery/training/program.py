@@ -265,7 +265,11 @@ class Trainer:
         if disabled and not self.order.init_path:
             reference = cast("Any", self.model).disable_adapter
         return MethodRun(
-            task=self.task, token_losses=self.losses, reference=reference, seed=self.spec.seed
+            task=self.task,
+            token_losses=self.losses,
+            reference=reference,
+            seed=self.spec.seed,
+            losses_of=lambda model: TokenLossComputer(base_of(model), self._head_policy()),
         )
 
     def _layout(self) -> Layout:
@@ -388,6 +392,7 @@ class Trainer:
             train_on=getattr(config, "train_on", "assistant"),
             labels=file.labels,
             whole=self._regroups is not None,
+            score_prompts=getattr(self.objective, "scores_prompts", False),
         )
 
     @property

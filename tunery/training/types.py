@@ -193,6 +193,10 @@ class Batch:
         moved["extras"] = {name: value.pin_memory() for name, value in self.extras.items()}
         return replace(self, **moved)
 
+    def document_tokens(self) -> Tensor:
+        """Supervised tokens of each document: float32 (D,)."""
+        return document_sums(self, torch.ones_like(self.target_ids, dtype=torch.float32))
+
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward."""
         tokens = {
@@ -219,8 +223,13 @@ class TokenLosses:
 
     def document_logprobs(self, batch: Batch) -> Tensor:
         """Summed log-probability of each document's supervised tokens: float32 (D,), with graph."""
-        zeros = torch.zeros(batch.documents, dtype=torch.float32, device=self.nll.device)
-        return zeros.index_add(0, batch.target_documents, -self.nll)
+        return document_sums(batch, -self.nll)
+
+
+def document_sums(batch: Batch, values_S: Tensor) -> Tensor:
+    """Sums over each document's supervised tokens: float32 (D,)."""
+    zeros = torch.zeros(batch.documents, dtype=torch.float32, device=values_S.device)
+    return zeros.index_add(0, batch.target_documents, values_S)
 
 
 @dataclass(slots=True)
@@ -295,6 +304,36 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class SeesSteps(Protocol):
+    """An `Objective` whose loss depends on the whole step, of which a micro-batch is a part.
+
+    It must not depend on how the step is cut: what a loss needs beside its own batch is told here.
+    """
+
+    def begin(self, examples: Iterable[Example]) -> None:
+        """Called before the losses of a step, or of an evaluation, with all of its examples, on
+        every rank alike."""
+        ...
+
+
+@runtime_checkable
+class AsksModel(Protocol):
+    """An `Objective` that asks the model as it is now, without graph, before a step's losses."""
+
+    def questions(self, examples: Iterable[Example]) -> Sequence[Example]:
+        """What to ask for a step, or an evaluation, with these examples: the same on all ranks."""
+        ...
+
+    def answers(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sums over a micro-batch of questions: float32 (K,)."""
+        ...
+
+    def told(self, totals: Sequence[float]) -> None:
+        """The K sums over all questions and ranks."""
+        ...
+
+
+@runtime_checkable
 class Regroups(Protocol):
     """An `Objective` that makes its own examples of the encoded rows, which come to it whole."""
 
@@ -318,6 +357,7 @@ class EncodeOptions:
         chat_template: overrides the tokenizer's own; its hash is recorded.
         whole: rows are encoded whole, whatever their length, because a `Regroups` objective makes
             examples of `max_length` of them.
+        score_prompts: the prompt of a preferred reply is supervised too, with weight 0.
     """
 
     format: DataFormat
@@ -326,6 +366,7 @@ class EncodeOptions:
     labels: tuple[str, ...] | None = None
     chat_template: str | None = None
     whole: bool = False
+    score_prompts: bool = False
 
     @property
     def limit(self) -> int | None:
@@ -451,6 +492,7 @@ class MethodRun:
         reference: context in which the model answers as it did before training (a PEFT adapter is
             switched off). None for full fine-tuning: `Objective.prepare` has to look before.
         seed: for methods that draw.
+        losses_of: `token_losses` of another causal language model.
         label_smoothing: share of each target that `TaskRuntime.supervised_loss` spreads evenly over
             all classes, in training. Above 0 only where the task `smooths_labels`.
     """
@@ -459,4 +501,5 @@ class MethodRun:
     token_losses: ComputesTokenLosses
     reference: Callable[[], AbstractContextManager[Any]] | None
     seed: int
+    losses_of: Callable[[Any], ComputesTokenLosses] | None = None
     label_smoothing: float = 0.0

@@ -70,7 +70,18 @@ def test_batches_of_different_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"beta": 0}, {"beta": -1}, {"label_smoothing": 0.5}, {"loss": "ipo"}]
+    "settings",
+    [
+        {"beta": 0},
+        {"beta": -1},
+        {"label_smoothing": 0.5},
+        {"loss": "ipo"},
+        {"loss_type": "aot"},
+        {"loss_type": []},
+        {"loss_type": ["sigmoid", "sigmoid"]},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},
+        {"loss_type": "exo_pair"},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -150,6 +161,11 @@ def method_run(model: Any, base: Any) -> MethodRun:
 
 def our_batch(tokenizer: PreTrainedTokenizerFast) -> Batch:
     task = catalogue.find("tasks", "text-generation").runtime(None)
+    return task.collate(our_examples(tokenizer), layout="rows", pad_id=tokenizer.pad_token_id)
+
+
+def our_examples(tokenizer: PreTrainedTokenizerFast) -> list[Example]:
+    task = catalogue.find("tasks", "text-generation").runtime(None)
     rows = [
         {
             "input": {"messages": turn("user", prompt)},
@@ -159,8 +175,7 @@ def our_batch(tokenizer: PreTrainedTokenizerFast) -> Batch:
         for prompt, good, bad in PAIRS
     ]
     options = EncodeOptions(format="preference", max_length=128)
-    examples = [task.encode(row, tokenizer, options, i) for i, row in enumerate(rows)]
-    return task.collate(examples, layout="rows", pad_id=tokenizer.pad_token_id)
+    return [task.encode(row, tokenizer, options, i) for i, row in enumerate(rows)]  # type: ignore[misc]
 
 
 def our_run(model: Any, tokenizer: Any, **settings: Any) -> list[dict[str, float]]:
@@ -185,6 +200,12 @@ def our_run(model: Any, tokenizer: Any, **settings: Any) -> list[dict[str, float
 
 
 def trl_run(model: Any, tokenizer: Any, folder: Path) -> list[dict[str, float]]:
+    trainer = trl_trainer(model, tokenizer, folder)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trl_trainer(model: Any, tokenizer: Any, folder: Path) -> Any:
     rows = [
         {
             "prompt": turn("user", p),
@@ -211,15 +232,13 @@ def trl_run(model: Any, tokenizer: Any, folder: Path) -> list[dict[str, float]]:
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    trainer = DPOTrainer(
+    return DPOTrainer(
         model=model,
         ref_model=None if hasattr(model, "disable_adapter") else copy.deepcopy(model),
         args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -234,6 +253,92 @@ def test_every_step_is_that_of_trl(adapter: str, tokenizer: Any, tmp_path: Path)
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.01
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert ours[-1][name] == pytest.approx(theirs[-1][name], abs=1e-4)
+
+
+FAMILY: list[dict[str, Any]] = [
+    *(
+        {"loss_type": name}
+        for name in (
+            "sigmoid",
+            "hinge",
+            "ipo",
+            "robust",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "apo_zero",
+            "apo_down",
+            "discopop",
+            "sigmoid_norm",
+            "sft",
+        )
+    ),
+    {"loss_type": "robust", "label_smoothing": 0.2},
+    {"loss_type": "exo_pair", "label_smoothing": 0.2},
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+    {"loss_type": ["hinge", "bco_pair", "sft"]},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_loss_of_the_family_is_that_of_trl(tokenizer: Any, tmp_path: Path) -> None:
+    # Moved after TRL has copied it: an adapter that it is given is its reference.
+    trainer = trl_trainer(policy("lora", tokenizer), tokenizer, tmp_path)
+    model = moved(policy("lora", tokenizer))
+    moved(trainer.model)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = our_batch(tokenizer)
+    for settings in FAMILY:
+        names = settings["loss_type"]
+        trainer.loss_types = [names] if isinstance(names, str) else names
+        trainer.loss_weights = settings.get("loss_weights", [1.0] * len(trainer.loss_types))
+        trainer.label_smoothing = settings.get("label_smoothing", 0.0)
+        theirs = slopes(trainer.model, trainer.compute_loss(trainer.model, inputs))
+        objective = Dpo().objective(DpoConfig(beta=BETA, **settings), run_of(model))
+        objective.prepare(model, [batch])
+        objective.begin(our_examples(tokenizer))  # type: ignore[attr-defined]
+        ours = slopes(model, objective.loss(model, batch).loss / len(PAIRS))
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-5, rel=5e-6), settings
+        scale = theirs[1].abs().max().item()
+        torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-4 * scale)
+
+
+def moved(model: Any) -> Any:
+    """Away from the reference, so that ratios are not all 0."""
+    torch.manual_seed(9)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def slopes(model: Any, loss: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """A loss and its gradient, flat."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
+    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
+    return loss.item(), torch.cat([part.flatten() for part in parts])
+
+
+def run_of(model: Any) -> MethodRun:
+    return method_run(model, model.get_base_model())
+
+
+def test_a_mix_does_not_depend_on_how_the_step_is_cut(tokenizer: Any) -> None:
+    model = moved(policy("lora", tokenizer))
+    config = DpoConfig(loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.5))
+    objective = Dpo().objective(config, run_of(model))
+    examples = our_examples(tokenizer)
+    objective.begin(iter(examples))  # type: ignore[attr-defined]
+    task = catalogue.find("tasks", "text-generation").runtime(None)
+
+    def total(*parts: list[Example]) -> tuple[float, torch.Tensor]:
+        batches = [task.collate(part, layout="rows", pad_id=0) for part in parts]
+        return slopes(model, sum(objective.loss(model, batch).loss for batch in batches))  # type: ignore[arg-type]
+
+    whole, cut = total(examples), total(examples[:1], examples[1:])
+    assert cut[0] == pytest.approx(whole[0], abs=1e-5)
+    torch.testing.assert_close(cut[1], whole[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_remembered_reference_gives_the_same_run(tokenizer: Any) -> None:

@@ -1,0 +1,127 @@
+"""What methods share that compare replies: their scores, and those of the untrained model."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from tunery.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from tunery.training.types import Batch, Example, MethodRun, Sums
+
+EXAMPLE_ROW: Mapping[str, Any] = {
+    "input": {"messages": [{"role": "user", "content": "Is the shop open on Sunday?"}]},
+    "preferred_output": [{"role": "assistant", "content": "Yes, from ten to four."}],
+    "non_preferred_output": [{"role": "assistant", "content": "No idea."}],
+}
+
+
+def check_pair(example: Example) -> None:
+    """Let a pair of replies pass.
+
+    Raises:
+        InvalidConfig: the example is not one.
+    """
+    if len(example.documents) != 2:
+        raise InvalidConfig(f"row {example.index} is not a pair of replies")
+
+
+def chosen_tokens(examples: Iterable[Example]) -> tuple[int, int]:
+    """Number of pairs, and of supervised tokens of their preferred replies."""
+    counts = [example.documents[0].supervised for example in examples]
+    return len(counts), sum(counts)
+
+
+def of_chosen(batch: Batch) -> Tensor:
+    """bool (S,): which supervised tokens are those of preferred replies."""
+    return batch.target_documents % 2 == 0
+
+
+def pair_sums(chosen_B: Tensor, rejected_B: Tensor, beta: float, **logps: Tensor) -> Sums:
+    """TRL's metrics of B pairs.
+
+    Args:
+        chosen_B, rejected_B: log-probabilities, or ratios of them, that make rewards by `beta`.
+        logps: further values to take the mean of, (B,), by the end of their names.
+    """
+    good, bad = beta * chosen_B.detach(), beta * rejected_B.detach()
+    values = {
+        "rewards/chosen": good,
+        "rewards/rejected": bad,
+        "rewards/margins": good - bad,
+        "rewards/accuracies": (good > bad).float(),
+        **{f"logps/{name}": value.detach() for name, value in logps.items()},
+    }
+    count = good.new_full((), len(good))
+    return {name: (value.sum(), count) for name, value in values.items()}
+
+
+class Reference:
+    """The untrained model's scores: asked for at each step, or once before the first.
+
+    Args:
+        scores: (E, K) of a model and a batch.
+        remembers: score everything once; always so where the untrained model is not at hand later.
+        drops: the policy keeps its dropout, which a reference must be without.
+    """
+
+    def __init__(self, run: MethodRun, scores: Any, *, remembers: bool, drops: bool) -> None:
+        self._run, self._scores, self._drops = run, scores, drops
+        self._remembers = remembers or run.reference is None
+        self._known: dict[int, Tensor] = {}
+        """By `Batch.indices`: float32 (K,), on the device."""
+
+    def prepare(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Look at the untrained model, if that is how it goes."""
+        if not self._remembers:
+            return
+        was_training = model.training
+        model.eval()
+        for batch in batches:
+            for index, scores in zip(batch.indices, self._ask(model, batch), strict=True):
+                self._known[index] = scores
+        model.train(was_training)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(E, K), without graph."""
+        if self._remembers:
+            import torch
+
+            return torch.stack([self._known[index] for index in batch.indices])
+        return self._ask(model, batch)
+
+    def _ask(self, model: nn.Module, batch: Batch) -> Tensor:
+        import torch
+
+        untrained = self._run.reference or nullcontext
+        drops = model.training and self._drops
+        with torch.no_grad(), untrained(), evaluating(model) if drops else nullcontext():
+            scores: Tensor = self._scores(model, batch)
+            return scores
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, a training model is without dropout."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Dropout layers, and the rates that attention modules hand to their kernel, set to 0."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
