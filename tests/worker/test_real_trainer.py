@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -76,6 +77,25 @@ async def losses(farm: Farm, job: str) -> dict[int, float]:
     return {step: values["train_loss"] for step, values in points.items() if "train_loss" in values}
 
 
+def leader(farm: Farm) -> int:
+    """The process that leads the trainer's session: its launcher."""
+    return next(pid for pid in farm.trainers() if pid == os.getsid(pid))
+
+
+def rank(farm: Farm) -> int:
+    """The process below it that trains."""
+    return next(pid for pid in farm.trainers() if pid != os.getsid(pid))
+
+
+def are_gone(farm: Farm, pids: set[int]) -> bool:
+    return pids.isdisjoint(farm.trainers())
+
+
+async def saved_by(farm: Farm, job: str, attempt: int) -> list[int]:
+    """Steps of the checkpoints that one attempt published."""
+    return [row.step for row in await farm.checkpoints(job) if row.attempt == attempt]
+
+
 async def test_a_killed_workers_job_ends_as_if_nothing_had_happened(
     farm: Farm, stories: str
 ) -> None:
@@ -91,6 +111,30 @@ async def test_a_killed_workers_job_ends_as_if_nothing_had_happened(
     row = await farm.reaches(job, "succeeded", within_s=90)
     assert row.attempt == 2
     assert row.resumed_from_step is not None
+    expected, found = await losses(farm, whole), await losses(farm, job)
+    assert set(found) == set(expected) == set(range(1, 129))
+    assert found == pytest.approx(expected, abs=1e-6)
+    await farm.oracle()
+
+
+async def test_a_killed_trainers_job_goes_on_in_the_same_worker(farm: Farm, stories: str) -> None:
+    worker = await farm.worker(**STOCK, TUNERY_RETRY_BACKOFF_S="0.1")
+    (child,) = worker.children()
+    whole = await queue(farm, stories, checkpoints={"every_steps": 20})
+    await farm.reaches(whole, "succeeded", within_s=90)
+    await until(lambda: not farm.trainers())
+    job = await queue(farm, stories, checkpoints={"every_steps": 20})
+    for attempt, victim in enumerate((rank, leader), start=1):
+        await until(partial(saved_by, farm, job, attempt), 60)
+        both = {leader(farm), rank(farm)}
+        os.kill(victim(farm), signal.SIGKILL)
+        await until(partial(are_gone, farm, both), 5)
+    row = await farm.reaches(job, "succeeded", within_s=90)
+    assert (row.attempt, row.worker, row.lost_count) == (3, "one", 0)
+    assert worker.children() == [child]  # the supervisor lived through it
+    assert row.resumed_from_step == max(await saved_by(farm, job, 2))
+    codes = [event.data.get("code") for event in await farm.events(job) if event.level == "error"]
+    assert codes == ["out_of_memory"] * 2  # for who else sends signal 9
     expected, found = await losses(farm, whole), await losses(farm, job)
     assert set(found) == set(expected) == set(range(1, 129))
     assert found == pytest.approx(expected, abs=1e-6)
@@ -116,10 +160,7 @@ async def test_a_rank_killed_by_the_kernel_is_told_apart(farm: Farm, stories: st
     await farm.worker(**STOCK, TUNERY_RETRY_BACKOFF_S="60")
     job = await queue(farm, stories)
     await farm.steps(job, 3, within_s=90)
-    # The launcher leads the trainer's session; its rank is the one below it.
-    pids = farm.trainers()
-    rank = max(pids, key=lambda pid: pid != os.getsid(pid))
-    os.kill(rank, signal.SIGKILL)
+    os.kill(rank(farm), signal.SIGKILL)
     killed = time.monotonic()
     row = await farm.reaches(job, "queued", "succeeded")
     assert row.state == "queued"
