@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tunery.entries import ModelShape
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 Targets = Literal["all-linear"] | tuple[str, ...]
 
 _IN_BLOCK = re.compile(r"(?:^|.*\.)(\d+)\.(.+)")
@@ -49,6 +49,11 @@ def check_names(names: Iterable[str], field: str) -> None:
 def matches(path: str, target: str) -> bool:
     """PEFT's rule for a single target; `path` may itself be the tail of a longer path."""
     return path == target or path.endswith("." + target)
+
+
+def in_block(path: str) -> bool:
+    """Whether a module or parameter lies in one of the repeated blocks."""
+    return _IN_BLOCK.fullmatch(path) is not None
 
 
 def linears_of(shape: ModelShape, targets: Targets) -> dict[str, tuple[int, int]]:

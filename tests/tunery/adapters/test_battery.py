@@ -28,6 +28,7 @@ from tunery import catalogue
 from tunery.adapters._tuner import Tuner
 from tunery.adapters.full import Full
 from tunery.entries import Rated, Stepping
+from tunery.errors import InvalidConfig
 from tunery.models.shape import shape_of
 from tunery.training.checkpoint import export_writer
 from tunery.training.hooks import StepsRun
@@ -50,9 +51,22 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "ia3": [],
     "prompt": [{"num_virtual_tokens": 3, "init": "random"}],
+    "p_tuning": [
+        {
+            "num_virtual_tokens": 3,
+            "encoder_reparameterization_type": "LSTM",
+            "encoder_hidden_size": 8,
+        }
+    ],
     "prefix": [{"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}],
 }
 """Settings beside the example that have their own arithmetic."""
+
+REFUSED = {
+    ("bitfit", "llama"): "no biases to train",
+    ("bitfit", "llama-classifier"): "no biases to train",
+}
+"""Models that an entry cannot train, and what it says of them."""
 
 LABELS = 3
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
@@ -111,7 +125,8 @@ def _cases() -> list[Case]:
                     settings = {**settings, "target_modules": ["value"]}
                 elif isinstance(targets, list):
                     settings = {**settings, "target_modules": ["q_proj"]}
-                if entry.tasks is None or task in entry.tasks:
+                fits = entry.tasks is None or task in entry.tasks
+                if fits and (name, model) not in REFUSED:
                     cases.append(Case(name, model, json.dumps(settings)))
     return cases
 
@@ -235,6 +250,20 @@ def test_every_field_says_what_it_means(name: str) -> None:
     silent = [k for k, v in schema.get("properties", {}).items() if not v.get("description")]
     assert silent == []
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(("name", "model"), REFUSED)
+def test_a_model_that_it_cannot_train_is_refused_by_shape_and_by_model(
+    name: str, model: str
+) -> None:
+    entry = catalogue.find("adapters", name)
+    config = entry.Config()
+    shape = shape_of(MODELS[model][1].to_dict())
+    with pytest.raises(InvalidConfig, match=REFUSED[name, model]):
+        entry.trainable_parameters(config, shape)
+    run = AdapterRun(base_model(model), "CAUSAL_LM", None, 7, "example/base")
+    with pytest.raises(InvalidConfig, match=REFUSED[name, model]):
+        entry.apply(config, run)
 
 
 def test_the_shelf_is_read_without_torch() -> None:
