@@ -80,7 +80,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 @pytest.mark.parametrize(
     ("shelf", "wrong", "near", "code"),
     [
-        ("adapters", "lroa", "lora", "invalid_value"),
+        ("adapters", "lorra", "lora", "invalid_value"),
         ("transforms", "chat-template", "chat_template", "invalid_value"),
     ],
 )

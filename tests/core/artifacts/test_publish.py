@@ -185,11 +185,12 @@ async def test_retention_keeps_every_export(
     assert f"{rows[1].prefix}/resume/optimizer.pt" in await keys(store)
 
 
-async def test_an_ended_jobs_resume_halves_are_swept(
+async def test_an_ended_jobs_resume_halves_are_swept_but_for_the_newest(
     site: Site, store: ArtifactStore, tmp_path: Path
 ) -> None:
     claim = await claimed(site)
     row = await publish(site, store, claim, made(tmp_path / "w", 1))
+    newest = await publish(site, store, claim, made(tmp_path / "w", 2))
     await sweep(site.db, store, NamelessFiles())
     assert f"{row.prefix}/resume/optimizer.pt" in await keys(store)
     await site.may("cancel", claim.public_id)
@@ -198,6 +199,7 @@ async def test_an_ended_jobs_resume_halves_are_swept(
     await sweep(site.db, store, NamelessFiles())
     assert f"{row.prefix}/resume/optimizer.pt" not in await keys(store)
     assert f"{row.prefix}/export/adapter_model.safetensors" in await keys(store)
+    assert f"{newest.prefix}/resume/optimizer.pt" in await keys(store)
 
 
 async def test_the_result_file_has_openais_columns_first(site: Site) -> None:

@@ -444,8 +444,8 @@ def test_divergence_is_a_named_failure(
 ) -> None:
     from tunery.training.losses import TokenLossComputer
 
-    def poisoned(self: Any, model: Any, batch: Any) -> Any:
-        losses = whole(self, model, batch)
+    def poisoned(self: Any, model: Any, batch: Any, **how: Any) -> Any:
+        losses = whole(self, model, batch, **how)
         losses.nll = losses.nll * float("nan")
         return losses
 
