@@ -257,6 +257,7 @@ class Loop:
         """Gradients before the first update, over the run's first examples, for the hook."""
         for step in range(self.settings.calibration_steps):
             chosen = self._chosen(step)
+            self._announce(self.train, chosen)
             self._accumulate(chosen, float(self.train.units[chosen].sum()), Meter())
             self.engine.calibrate()
 
