@@ -231,7 +231,11 @@ async def _condemn(
 async def drop_old_resumes(db: Database, store: ArtifactStore, claim: Claim, keep: int) -> int:
     """Delete the resume halves of all but the `keep` most advanced checkpoints; how many.
 
-    The row says so first: nobody resumes from what is half deleted.
+    The row says so first: nobody resumes from what is half deleted. `sweep_resumes` deletes what
+    a store that failed has kept.
+
+    Raises:
+        StoreUnavailable, ServiceUnavailable: some may be left.
     """
     async with db.begin() as session:
         if not await claims.holds(session, claim):
@@ -267,6 +271,22 @@ async def sweep_orphans(
         await store.delete_prefix(prefix)
         log.info("checkpoint.orphan_removed", prefix=prefix)
     return orphans
+
+
+async def sweep_resumes(db: Database, store: ArtifactStore) -> list[str]:
+    """Delete resume halves that rows have given up and that are there still; returns the rows'
+    prefixes. Whoever gave them up may have died, or met a store that failed."""
+    found = set()
+    async for key in store.list("jobs"):
+        match = _STEP_PREFIX.match(key)
+        if match and key.startswith("/resume/", match.end()):
+            found.add(match[0])
+    async with db.session() as session:
+        dropped = sorted(await attempts.dropped_resumes(session, found))
+    for prefix in dropped:
+        await store.delete_prefix(f"{prefix}/resume")
+        log.info("checkpoint.resume_removed", prefix=prefix)
+    return dropped
 
 
 class NamelessFiles:
@@ -310,8 +330,7 @@ async def sweep(db: Database, store: ArtifactStore, nameless: NamelessFiles) -> 
         rows = await checkpoints.unresumable_ended(session)
         for row in rows:
             await checkpoints.mark_resume_dropped(session, row.id)
-    for row in rows:
-        await store.delete_prefix(f"{row.prefix}/resume")
+    await sweep_resumes(db, store)
 
 
 async def metrics_csv(db: Database, job_id: int) -> bytes:

@@ -87,6 +87,16 @@ async def named_prefixes(session: AsyncSession, prefixes: Collection[str]) -> se
     return set(rows)
 
 
+async def dropped_resumes(session: AsyncSession, prefixes: Collection[str]) -> set[str]:
+    """Those of `prefixes` whose checkpoint gave up its resume half."""
+    rows = await session.scalars(
+        select(CheckpointRow.prefix).where(
+            CheckpointRow.prefix.in_(prefixes), CheckpointRow.resume_dropped_at.is_not(None)
+        )
+    )
+    return set(rows)
+
+
 async def named_files(session: AsyncSession, keys: Collection[str]) -> set[str]:
     """Those of `keys` that a file's row names, deleted or not."""
     return set(await session.scalars(select(FileRow.store_key).where(FileRow.store_key.in_(keys))))

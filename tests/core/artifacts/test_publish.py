@@ -19,6 +19,7 @@ from core.artifacts.publish import (
     restore,
     sweep,
     sweep_orphans,
+    sweep_resumes,
 )
 from core.artifacts.stores import open_store
 from core.db import checkpoints, claims, metrics
@@ -183,6 +184,19 @@ async def test_retention_keeps_every_export(
     assert f"{rows[0].prefix}/resume/optimizer.pt" not in await keys(store)
     assert f"{rows[0].prefix}/export/adapter_model.safetensors" in await keys(store)
     assert f"{rows[1].prefix}/resume/optimizer.pt" in await keys(store)
+
+
+async def test_what_retention_could_not_delete_is_swept(
+    site: Site, store: ArtifactStore, tmp_path: Path
+) -> None:
+    claim = await claimed(site)
+    rows = [await publish(site, store, claim, made(tmp_path / "w", step)) for step in (1, 2)]
+    async with site.db.begin() as session:  # and the store failed, or the worker died
+        await checkpoints.mark_resume_dropped(session, rows[0].id)
+    before = await keys(store)
+    await sweep(site.db, store, NamelessFiles())
+    assert before - await keys(store) == {f"{rows[0].prefix}/resume/optimizer.pt"}
+    assert await sweep_resumes(site.db, store) == []
 
 
 async def test_an_ended_jobs_resume_halves_are_swept_but_for_the_newest(
