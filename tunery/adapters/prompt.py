@@ -81,6 +81,8 @@ class Prompt:
             PromptTuningConfig(
                 task_type=run.task_type,
                 num_virtual_tokens=config.num_virtual_tokens,
+                # Of an encoder and a decoder, the former alone has a prompt, as in the paper's T5.
+                num_transformer_submodules=1,
                 modules_to_save=_peft.saved_modules(run),
             ),
         )

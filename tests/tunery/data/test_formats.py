@@ -153,6 +153,7 @@ ROWS: list[tuple[str, Any, Any, list[str] | None]] = [
         {"question": "who", "context": "Ada did", "answers": []},
         None,
     ),
+    ("source_target", {"source": "a", "target": "b"}, {"source": "a", "target": "b"}, None),
     (
         "similarity",
         {"sentence1": "a", "sentence2": "b", "score": 4.5},

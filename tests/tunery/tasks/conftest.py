@@ -9,6 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -16,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from tunery import catalogue
@@ -73,7 +77,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders by family: weights and tokenizer."""
     root = tmp_path_factory.mktemp("bases")
+    halves = {"encoder_layers": 2, "decoder_layers": 2}
+    halves |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    halves |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32}
+    said = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     made = {
+        "t5": lambda: T5ForConditionalGeneration(
+            T5Config(**t5, **said, decoder_start_token_id=0, dropout_rate=0.0)
+        ),
+        "bart": lambda: BartForConditionalGeneration(
+            BartConfig(**halves, **said, decoder_start_token_id=2, dropout=0.0, init_std=0.2)
+        ),
         "bert": lambda: BertModel(BertConfig(**SIZES, pad_token_id=0)),
         "roberta": lambda: RobertaModel(RobertaConfig(**SIZES, pad_token_id=0)),
         "llama": lambda: LlamaForCausalLM(
