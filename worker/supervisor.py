@@ -20,9 +20,10 @@ from core.db import claims
 from core.db.engine import Database
 from tunery.errors import TransientError
 from tunery.models import ModelStore
-from worker.attempt import Attempt, Tools
+from worker.attempt import Attempt
 from worker.devices import memory_used, still_held
 from worker.failures import Failure
+from worker.tools import Tools
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -19,7 +19,8 @@ from tests.worker.conftest import LAUNCHER, ROOT, until
 from tunery.errors import StoreUnavailable, TooLarge
 from tunery.models import ModelStore
 from worker import prepare
-from worker.attempt import Attempt, Tools
+from worker.attempt import Attempt
+from worker.tools import Tools
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Sequence
