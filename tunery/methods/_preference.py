@@ -42,6 +42,17 @@ def of_chosen(batch: Batch) -> Tensor:
     return batch.target_documents % 2 == 0
 
 
+def mean_logps(nll_S: Tensor, batch: Batch) -> Tensor:
+    """Mean log-probability of the tokens of both replies, each by its weight: float32 (E, 2)."""
+    import torch
+
+    from tunery.training.types import document_sums
+
+    weights_S = torch.ones_like(nll_S) if batch.target_weights is None else batch.target_weights
+    sums_D = document_sums(batch, -nll_S * weights_S)
+    return (sums_D / document_sums(batch, weights_S).clamp(min=1e-9)).view(-1, 2)
+
+
 def pair_sums(chosen_B: Tensor, rejected_B: Tensor, beta: float, **logps: Tensor) -> Sums:
     """TRL's metrics of B pairs.
 
@@ -103,6 +114,39 @@ class Reference:
         with torch.no_grad(), untrained(), evaluating(model) if drops else nullcontext():
             scores: Tensor = self._scores(model, batch)
             return scores
+
+
+class Untrained:
+    """The untrained model's log-probabilities of replies that are not known beforehand.
+
+    The adapter is switched off; where that does not bring the untrained model back, as in full
+    fine-tuning, a copy of it is kept.
+    """
+
+    def __init__(self, run: MethodRun, *, drops: bool) -> None:
+        self._run, self._drops = run, drops
+        self._losses = run.token_losses
+        self._copy: nn.Module | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Before the first step."""
+        import copy
+
+        if self._run.reference is not None:
+            return
+        assert self._run.losses_of is not None
+        self._copy = copy.deepcopy(model).eval().requires_grad_(False)
+        self._losses = self._run.losses_of(self._copy)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed over each document's supervised tokens: float32 (D,), without graph."""
+        import torch
+
+        untrained = nullcontext if self._copy is not None else self._run.reference or nullcontext
+        asked = model if self._copy is None else self._copy
+        drops = asked.training and self._drops
+        with torch.no_grad(), untrained(), evaluating(asked) if drops else nullcontext():
+            return self._losses(asked, batch).document_logprobs(batch)
 
 
 @contextmanager
