@@ -97,7 +97,7 @@ def resolve(
     story = _Story()
     method = catalogue.find("methods", request.method.type, "method.type")
     transforms, read_as = _transforms(request, training, story)
-    task = _task(request, read_as, story)
+    task = _task(request, method, read_as, story)
     adapter = _adapter(request, story)
     _check_fit(request, method, task.entry, adapter.entry, training, validation, read_as)
     settings = _Settings(request, method, adapter.entry, training, shape)
@@ -188,11 +188,15 @@ def _choose(shelf: Shelf, given: Mapping[str, Any], param: str) -> _Choice:
     return _Choice(entry, config, Use(type=kind, config=config.model_dump(mode="json")))
 
 
-def _task(request: JobRequest, read_as: str, story: _Story) -> _Choice:
+def _task(request: JobRequest, method: Method, read_as: str, story: _Story) -> _Choice:
     asked = request.ext.task
     if asked is None:
         kind = formats.find(read_as).task
-        story.note("task.type", f"auto: the rows are {read_as} data")
+        if method.tasks is not None and kind not in method.tasks and len(method.tasks) == 1:
+            (kind,) = method.tasks
+            story.note("task.type", f"auto: {method.name} trains nothing else")
+        else:
+            story.note("task.type", f"auto: the rows are {read_as} data")
         return _choose("tasks", {"type": kind}, "ext.task")
     story.note("task.type", "request")
     return _choose("tasks", {"type": asked} if isinstance(asked, str) else asked, "ext.task")
@@ -358,7 +362,7 @@ def _transforms(
     asked = request.ext.transforms
     story.note("transforms", "default" if asked is None else "request")
     if asked is None:
-        templated = training.format in ("chat", "preference")
+        templated = training.format in ("chat", "preference", "unpaired_preference")
         asked = ({"type": "chat_template"},) if templated else ()
     uses = []
     read_as: str = training.format

@@ -38,7 +38,8 @@ def encode_row(
     options: EncodeOptions,
     index: int,
 ) -> Example:
-    """A row of chat, prompt_completion, text or preference data.
+    """A row of chat, prompt_completion, text or preference data; the label of an unpaired
+    preference is its target, 1 for a wanted reply.
 
     Raises:
         InvalidData: the row cannot be rendered or tokenised; names the row, quotes nothing.
@@ -47,7 +48,8 @@ def encode_row(
         documents = _ENCODERS[options.format](row, tokenizer, options)
     except InvalidData as error:
         raise InvalidData(f"row {index}: {error.message}", code=error.code) from error
-    return Example(documents=documents, target=None, index=index)
+    target = int(row["label"]) if options.format == "unpaired_preference" else None
+    return Example(documents=documents, target=target, index=index)
 
 
 def _chat(
@@ -84,11 +86,19 @@ def _preference(
     return (_with_prompt(both[0]) if options.score_prompts else both[0], both[1])
 
 
+def _unpaired(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+) -> tuple[Document, ...]:
+    messages = [*_context(row["prompt"]), *row["completion"]]
+    return (_conversation(messages, row, tokenizer, options),)
+
+
 _ENCODERS = {
     "chat": _chat,
     "prompt_completion": _prompt_completion,
     "text": _text,
     "preference": _preference,
+    "unpaired_preference": _unpaired,
 }
 
 

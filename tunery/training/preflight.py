@@ -120,6 +120,11 @@ def inspect(
     return survey.result()
 
 
+def _speaks(example: Example) -> bool:
+    """Whether tokens are learnt, beside a target or without one."""
+    return example.target is None or any(document.supervised for document in example.documents)
+
+
 class _Rows:
     """Row numbers of one kind."""
 
@@ -155,7 +160,7 @@ class _Survey:
         self.tokens += example.tokens
         if isinstance(example.target, int):
             self.classes[example.target] += 1
-        elif example.target is None:
+        if _speaks(example):
             self._add_tokens(example)
         for kind in self._kinds(example):
             self.by_kind.setdefault(kind, _Rows()).add(example.index)
@@ -186,7 +191,7 @@ class _Survey:
             yield "bos_missing"
         if self.pad != self.eos and any((d.input_ids == self.pad).any() for d in documents):
             yield "pad_token_in_text"
-        if example.target is None:
+        if _speaks(example):
             yield from self._kinds_of_trained(documents)
 
     def _kinds_of_trained(self, documents: tuple[Document, ...]) -> Iterator[str]:

@@ -97,7 +97,9 @@ class ChatTemplate:
         "type": "chat_template",
         "system": "You answer support messages as strict JSON.",
     }
-    formats: ClassVar[frozenset[str]] = frozenset({"chat", "preference"})
+    formats: ClassVar[frozenset[str]] = frozenset(
+        {"chat", "preference", "unpaired_preference"}
+    )
 
     def produces(self, config: ChatTemplateConfig, format: str) -> str:
         """Format of the rows out: that of the rows in."""
@@ -130,6 +132,8 @@ def _prepared(config: ChatTemplateConfig, row: dict[str, Any]) -> dict[str, Any]
                 **row["input"],
                 "messages": _with_system(config.system, row["input"]["messages"]),
             }
+        elif isinstance(row.get("prompt"), list):
+            out["prompt"] = _with_system(config.system, row["prompt"])
     return out
 
 

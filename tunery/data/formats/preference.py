@@ -44,15 +44,15 @@ class _Preference:
         if shared is not None:
             prompt, chosen, rejected = shared, chosen[-1:], rejected[-1:]
         return _Preference(
-            _spoken("user", prompt),
-            _spoken("assistant", chosen),
-            _spoken("assistant", rejected),
+            spoken("user", prompt),
+            spoken("assistant", chosen),
+            spoken("assistant", rejected),
             ("prompt", "chosen", "rejected"),
             row.get("tools"),
         )
 
 
-def _spoken(role: str, value: Any) -> Any:
+def spoken(role: str, value: Any) -> Any:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
@@ -78,8 +78,8 @@ def _check(row: Row) -> Iterator[Finding]:
     prompt = check_messages(parts.prompt, parts.paths[0], declared(parts.tools))
     for findings in (
         prompt,
-        _check_output(parts.chosen, parts.paths[1]),
-        _check_output(parts.rejected, parts.paths[2]),
+        check_output(parts.chosen, parts.paths[1]),
+        check_output(parts.rejected, parts.paths[2]),
     ):
         for finding in findings:
             broken |= finding.severity == "error"
@@ -97,7 +97,7 @@ def _check(row: Row) -> Iterator[Finding]:
         yield Finding("bad_role_order", "the prompt ends with a reply", parts.paths[0], "warning")
 
 
-def _check_output(output: Any, path: str) -> Iterator[Finding]:
+def check_output(output: Any, path: str) -> Iterator[Finding]:
     if not isinstance(output, list) or not all(isinstance(message, dict) for message in output):
         yield Finding("wrong_type", "a list with one assistant message is expected", path)
     elif not output:
