@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from worker.tools import Tools
 
 T = TypeVar("T")
-WATCH_S = 0.1
+WATCH_S = 0.25
+"""Each look at the clocks takes a core from the trainer; a drain is heard that much later."""
 
 
 class _Ended(Exception):
