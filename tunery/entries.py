@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
+
     from tunery.training.hooks import StepHook, StepsRun
     from tunery.training.types import AdapterRun, MethodRun, Objective, TaskRuntime
 
@@ -142,6 +144,22 @@ class Stepping(Protocol):
 
     def hook(self, config: Any, run: StepsRun) -> StepHook | None:
         """What it does, or None where these settings ask for nothing."""
+        ...
+
+
+@runtime_checkable
+class Loads(Protocol):
+    """An adapter that has its base loaded in a way of its own, such as quantised."""
+
+    devices: ClassVar[frozenset[str]]
+    """Kinds of device that this works on: cpu, cuda."""
+
+    def weight_bytes(self, config: Any) -> float:
+        """Bytes that a weight of the base takes."""
+        ...
+
+    def load_options(self, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained` that leave the base on the device."""
         ...
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from tunery import catalogue
 from tunery.data import formats
 from tunery.data.formats import sorted_labels
+from tunery.entries import Loads
 from tunery.errors import InvalidConfig, UnsupportedCombination
 from tunery.request import unknown_key, validated
 from tunery.spec import (
@@ -439,6 +440,12 @@ def _compute(request: JobRequest, devices: DeviceFacts | None, story: _Story) ->
 
 def _check_strategy(request: JobRequest, adapter: Adapter, compute: Compute) -> None:
     path = "ext.compute.strategy"
+    if isinstance(adapter, Loads) and compute.device not in {"auto", *adapter.devices}:
+        raise UnsupportedCombination(
+            f"adapter {adapter.name!r} trains on {_listed(adapter.devices)}, and the workers offer "
+            f"{compute.device}",
+            param=_adapter_path(request, "type"),
+        )
     if adapter.strategies is not None and compute.strategy not in adapter.strategies:
         raise UnsupportedCombination(
             f"adapter {adapter.name!r} does not train under {compute.strategy!r}",
@@ -523,7 +530,9 @@ def _estimate(
         * weight_bytes
         * (8 * shape.hidden_size + 4 * shape.intermediate_size)
     )
-    memory = shape.parameters * weight_bytes + trainable * 16 + activations
+    entry = adapter.entry
+    base_bytes = entry.weight_bytes(adapter.config) if isinstance(entry, Loads) else weight_bytes
+    memory = int(shape.parameters * base_bytes) + trainable * 16 + activations
     return {
         "available": True,
         **basis,

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _CHANGES_BASE = frozenset({"pissa", "olora"})
 """Initialisations that take what they put into A and B out of the base's weights."""
-_NOT_PEFTS = {"lr_ratio"}
-"""A setting of the optimizer, which PEFT's configuration does not know."""
+_NOT_PEFTS = {"lr_ratio", "target_modules", "modules_to_save"}
+"""Fields that PEFT's configuration does not know, or is told otherwise."""
 
 
 class LoraConfig(EntryConfig):
@@ -156,7 +156,7 @@ class Lora:
         """
         from peft import LoraConfig as PeftLoraConfig
 
-        settings = config.model_dump(exclude=_NOT_PEFTS | {"target_modules", "modules_to_save"})
+        settings = config.model_dump(include=LoraConfig.model_fields.keys() - _NOT_PEFTS)
         layers = settings.pop("layers_to_transform")
         return _peft.wrap(
             run,

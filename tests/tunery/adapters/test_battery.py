@@ -27,7 +27,7 @@ from transformers import (
 from tunery import catalogue
 from tunery.adapters._tuner import Tuner
 from tunery.adapters.full import Full
-from tunery.entries import Rated, Stepping
+from tunery.entries import Loads, Rated, Stepping
 from tunery.errors import InvalidConfig
 from tunery.models.shape import shape_of
 from tunery.training.checkpoint import export_writer
@@ -117,6 +117,8 @@ class Case:
 def _cases() -> list[Case]:
     cases = []
     for name, entry in catalogue.entries("adapters").items():
+        if isinstance(entry, Loads):
+            continue  # wants a device and a base of its own
         example = {key: value for key, value in entry.example.items() if key != "type"}
         for settings in [example, *VARIANTS.get(name, [])]:
             for model, (_, _, task) in MODELS.items():

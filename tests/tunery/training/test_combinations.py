@@ -26,6 +26,7 @@ from transformers import (
 from tunery import catalogue
 from tunery.adapters._tuner import Tuner
 from tunery.adapters.full import Full
+from tunery.entries import Loads
 from tunery.spec import (
     BaseModelRef,
     Checkpoints,
@@ -92,6 +93,8 @@ def _combinations() -> list[Any]:
     """
     found: list[Any] = []
     for name, adapter in catalogue.entries("adapters").items():
+        if isinstance(adapter, Loads):
+            continue
         for method_name in catalogue.entries("methods"):
             method = catalogue.find("methods", method_name)
             for task in sorted(method.tasks or catalogue.entries("tasks")):
