@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tunery.errors import BaseModelUnavailable, InvalidConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -84,6 +84,10 @@ class Headed:
     def units(self, example: Example) -> float:
         """One: the loss is the mean over examples."""
         return 1.0
+
+    def export_files(self) -> Mapping[str, Any]:
+        """None: transformers' own files say it all."""
+        return {}
 
     def outcomes(
         self, model: nn.Module, batch: Batch, out: LossOutput, names: Sequence[str]

@@ -117,6 +117,10 @@ class Runtime:
             loss=weighted.sum(), sums={"mean_token_accuracy": (losses.correct.sum(), count)}
         )
 
+    def export_files(self) -> Mapping[str, Any]:
+        """None: transformers' own files say it all."""
+        return {}
+
     def outcomes(
         self, model: nn.Module, batch: Batch, out: LossOutput, names: Sequence[str]
     ) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class Checkpoints:
             the folder is complete; from the writing thread.
         finish: called with the last checkpoint's export folder, to put more into it.
         background: write while training goes on; one rank only.
+        files: JSON documents that every export has too, by relative path.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Checkpoints:
         announce: Callable[[int, Path, dict[str, float], bool], None],
         finish: Callable[[Path], None],
         background: bool = True,
+        files: Mapping[str, Any] | None = None,
     ) -> None:
+        self._files = files or {}
         self._folder, self._engine, self._model = folder, engine, model
         self._tokenizer, self._manifest = tokenizer, manifest
         self._fingerprint, self._announce, self._finish = fingerprint, announce, finish
@@ -136,6 +139,9 @@ class Checkpoints:
         folder.mkdir()
         export(folder)
         self._tokenizer.save_pretrained(folder)
+        for path, document in self._files.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            write_json(folder / path, document)
         about = {
             **self._manifest,
             **{key: said[key] for key in ("step", "trained_tokens", "metrics")},

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from tunery import catalogue
 from tunery.data.read import read_rows
 from tunery.data.validate import OVERLAP, overlap
-from tunery.entries import Loads, Rated, Stepping
+from tunery.entries import Rated, Stepping
 from tunery.errors import AppError, BaseModelUnavailable, InvalidData
 from tunery.resolve import total_steps
 from tunery.training import packing, protocol
@@ -219,18 +219,14 @@ class Trainer:
         )
 
     def _model(self) -> nn.Module:
-        adapter, config = self.entries.adapter, self.entries.adapter_config
-        loads = adapter if isinstance(adapter, Loads) else None
         torch.manual_seed(self.spec.seed)  # A classification head is drawn while loading.
         base: PreTrainedModel = self.task.load_model(
             Path(self.order.base_model_path),
             dtype=self.dtype,
             labels=self.spec.data.training.labels,
-            **(loads.load_options(config, self.device, self.dtype) if loads else {}),
         )
         base.config.use_cache = False
-        if not loads:
-            base.to(self.device)  # type: ignore[arg-type]
+        base.to(self.device)  # type: ignore[arg-type]
         adapter_run = AdapterRun(
             model=base,
             task_type=self.task.peft_task_type,
@@ -239,9 +235,8 @@ class Trainer:
             base_model_name=self.spec.model.name,
             revision=self.spec.model.revision,
         )
-        model: nn.Module = adapter.apply(config, adapter_run)
-        if not loads:
-            model.to(self.device)
+        model: nn.Module = self.entries.adapter.apply(self.entries.adapter_config, adapter_run)
+        model.to(self.device)
         if self.order.init_path:
             load_weights(model, Path(self.order.init_path))
         if self._half_adapter:
@@ -537,6 +532,7 @@ class Trainer:
             announce=self.speaker.checkpoint,
             finish=self._finish_export,
             background=self.switches.async_checkpoints,
+            files=self.task.export_files(),
         )
         loop = Loop(
             engine=self.engine,

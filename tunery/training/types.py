@@ -443,6 +443,10 @@ class TaskRuntime(Protocol):
         """The named evaluation metrics, as far as what was seen allows."""
         ...
 
+    def export_files(self) -> Mapping[str, Any]:
+        """What other libraries want to find beside the weights: JSON documents by relative path."""
+        ...
+
     def predictions(self, seen: Evaluated) -> Iterator[dict[str, Any]]:
         """A row per example, plain JSON: `row`, its number in the file, and what was answered."""
         ...

@@ -153,6 +153,18 @@ ROWS: list[tuple[str, Any, Any, list[str] | None]] = [
         {"question": "who", "context": "Ada did", "answers": []},
         None,
     ),
+    (
+        "pairs",
+        {"question": "a", "answer": "b", "negative": "c", "negatives": ["d"]},
+        {"anchor": "a", "positive": "b", "negatives": ["c", "d"]},
+        None,
+    ),
+    (
+        "pairs",
+        {"anchor": "a", "positive": "b"},
+        {"anchor": "a", "positive": "b", "negatives": []},
+        None,
+    ),
     ("source_target", {"source": "a", "target": "b"}, {"source": "a", "target": "b"}, None),
     (
         "similarity",
@@ -221,6 +233,13 @@ def test_the_same_rows_are_read_from_csv_and_parquet(
             "question_answering",
             {**QUESTION, "answers": [{"text": "", "answer_start": 3}]},
             "answers.0.text",
+            "wrong_type",
+        ),
+        ("pairs", {"anchor": "a", "positive": 1}, "positive", "wrong_type"),
+        (
+            "pairs",
+            {"anchor": "a", "positive": "b", "negatives": ["c", 1]},
+            "negatives.1",
             "wrong_type",
         ),
         ("similarity", {"sentence1": 1, "sentence2": "b", "score": 1}, "sentence1", "wrong_type"),
