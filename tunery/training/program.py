@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from tunery import catalogue
 from tunery.data.read import read_rows
 from tunery.data.validate import OVERLAP, overlap
-from tunery.entries import Rated, Stepping
+from tunery.entries import Loads, Rated, Stepping
 from tunery.errors import AppError, BaseModelUnavailable, InvalidData
 from tunery.resolve import total_steps
 from tunery.training import packing, protocol
@@ -219,14 +219,18 @@ class Trainer:
         )
 
     def _model(self) -> nn.Module:
+        adapter, config = self.entries.adapter, self.entries.adapter_config
+        loads = adapter if isinstance(adapter, Loads) else None
         torch.manual_seed(self.spec.seed)  # A classification head is drawn while loading.
         base: PreTrainedModel = self.task.load_model(
             Path(self.order.base_model_path),
             dtype=self.dtype,
             labels=self.spec.data.training.labels,
+            **(loads.load_options(config, self.device, self.dtype) if loads else {}),
         )
         base.config.use_cache = False
-        base.to(self.device)  # type: ignore[arg-type]
+        if not loads:
+            base.to(self.device)  # type: ignore[arg-type]
         adapter_run = AdapterRun(
             model=base,
             task_type=self.task.peft_task_type,
@@ -235,8 +239,9 @@ class Trainer:
             base_model_name=self.spec.model.name,
             revision=self.spec.model.revision,
         )
-        model: nn.Module = self.entries.adapter.apply(self.entries.adapter_config, adapter_run)
-        model.to(self.device)
+        model: nn.Module = adapter.apply(config, adapter_run)
+        if not loads:
+            model.to(self.device)
         if self.order.init_path:
             load_weights(model, Path(self.order.init_path))
         if self._half_adapter:
