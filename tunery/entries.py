@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from tunery.spec import BaseModelRef
     from tunery.training.hooks import StepHook, StepsRun
     from tunery.training.types import AdapterRun, MethodRun, Objective, TaskRuntime
 
@@ -191,6 +192,15 @@ class Method(Entry, Protocol):
 
     def objective(self, config: Any, run: MethodRun) -> Objective:
         """Batch in, loss and metrics out."""
+        ...
+
+
+@runtime_checkable
+class NeedsModels(Protocol):
+    """A method that reads other base models beside the one that trains: a teacher, say."""
+
+    def models(self, config: Any) -> Sequence[BaseModelRef]:
+        """Which ones; a run finds them under these names."""
         ...
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from tunery import catalogue
 from tunery.data import formats
 from tunery.data.formats import sorted_labels
-from tunery.entries import Loads
+from tunery.entries import Loads, NeedsModels
 from tunery.errors import InvalidConfig, UnsupportedCombination
 from tunery.request import unknown_key, validated
 from tunery.spec import (
@@ -133,6 +133,14 @@ def resolve(
         estimate=_estimate(spec, config, steps, adapter, shape, devices or DeviceFacts()),
         hyperparameters={**shown, "learning_rate_multiplier": multiplier},
     )
+
+
+def further_models(spec: TrainingSpec) -> tuple[BaseModelRef, ...]:
+    """Base models that a run reads beside the one that it trains."""
+    method = catalogue.find("methods", spec.method.type)
+    if not isinstance(method, NeedsModels):
+        return ()
+    return tuple(method.models(method.Config.model_validate(spec.method.config)))
 
 
 def total_steps(config: Any, rows: int) -> int:

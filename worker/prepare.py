@@ -17,6 +17,7 @@ from tunery.errors import (
     NotFound,
     TransientError,
 )
+from tunery.resolve import further_models
 from tunery.spec import TrainingSpec
 from tunery.training.protocol import RunOrder
 
@@ -89,6 +90,10 @@ async def prepare(
         which = "training" if inputs.training_gone else "validation"
         raise Gone(f"the {which} file was deleted", param=f"{which}_file")
     base = await asyncio.to_thread(models.locate, spec.model.name, spec.model.revision)
+    further = {
+        ref.name: str(await asyncio.to_thread(models.locate, ref.name, ref.revision))
+        for ref in further_models(spec)
+    }
     training = await _data(store, inputs.training_key, spec.data.training, scratch, "training")
     validation = None
     if inputs.validation_key is not None and spec.data.validation is not None:
@@ -102,6 +107,7 @@ async def prepare(
         attempt=claim.attempt,
         spec=spec,
         base_model_path=str(base),
+        model_paths=further,
         training_path=str(training),
         validation_path=None if validation is None else str(validation),
         resume_path=None if resume is None else str(resume[0]),

@@ -25,7 +25,7 @@ from tunery.cli.watching import Watch
 from tunery.errors import InvalidConfig
 from tunery.models import shape
 from tunery.request import parse_request
-from tunery.resolve import resolve
+from tunery.resolve import further_models, resolve
 from tunery.spec import DataFile, TrainingSpec
 from tunery.training import protocol
 
@@ -169,6 +169,10 @@ def _order(
         run=name,
         spec=spec,
         base_model_path=str(model.resolve()),
+        model_paths={
+            ref.name: str(base_model(ref.name, ref.revision)[0].resolve())
+            for ref in further_models(spec)
+        },
         training_path=str(training.resolve()),
         validation_path=str(held_out.resolve()) if held_out else None,
     )

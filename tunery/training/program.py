@@ -42,7 +42,14 @@ from tunery.training.merging import MUCH_LOST, merge
 from tunery.training.optimizer import OptimizerSettings
 from tunery.training.preflight import inspect
 from tunery.training.store import build, cache_key
-from tunery.training.types import AdapterRun, EncodeOptions, MethodRun, Regroups, examples_of
+from tunery.training.types import (
+    AdapterRun,
+    EncodeOptions,
+    FurtherModel,
+    MethodRun,
+    Regroups,
+    examples_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -275,7 +282,22 @@ class Trainer:
             reference=reference,
             seed=self.spec.seed,
             losses_of=lambda model: TokenLossComputer(base_of(model), self._head_policy()),
+            tokenizer=self.tokenizer,
+            further_model=self._further_model,
         )
+
+    def _further_model(self, name: str) -> FurtherModel:
+        """One of the base models that the method reads beside the one that trains.
+
+        Raises:
+            BaseModelUnavailable: it is not on this machine, or the task cannot load it.
+        """
+        folder = self.order.model_paths.get(name)
+        if folder is None:
+            raise BaseModelUnavailable(f"the run was not told where {name[:200]!r} lies")
+        model = self.task.load_model(Path(folder), dtype=self.dtype, labels=None)
+        model.to(self.device).requires_grad_(False)
+        return FurtherModel(model, load_tokenizer(Path(folder)))
 
     def _layout(self) -> Layout:
         """packed where the device has a kernel for it and the model keeps documents apart."""

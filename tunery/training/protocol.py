@@ -43,6 +43,9 @@ class RunOrder(_Message):
     attempt: int = 1
     spec: TrainingSpec
     base_model_path: str = Field(description="Folder with config.json and safetensors.")
+    model_paths: dict[str, str] = Field(
+        default_factory=dict, description="Folders of further base models by name: a teacher, say."
+    )
     training_path: str
     validation_path: str | None = None
     resume_path: str | None = Field(

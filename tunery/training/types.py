@@ -486,6 +486,14 @@ class ComputesTokenLosses(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class FurtherModel:
+    """A base model beside the one that trains: on the device, in eval mode, frozen."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
 class MethodRun:
     """What a method's `objective` is given.
 
@@ -497,6 +505,9 @@ class MethodRun:
             switched off). None for full fine-tuning: `Objective.prepare` has to look before.
         seed: for methods that draw.
         losses_of: `token_losses` of another causal language model.
+        tokenizer: of the model that trains.
+        further_model: loads one of those that the method said it needs, by name. Raises
+            `BaseModelUnavailable`.
         label_smoothing: share of each target that `TaskRuntime.supervised_loss` spreads evenly over
             all classes, in training. Above 0 only where the task `smooths_labels`.
     """
@@ -506,4 +517,6 @@ class MethodRun:
     reference: Callable[[], AbstractContextManager[Any]] | None
     seed: int
     losses_of: Callable[[Any], ComputesTokenLosses] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    further_model: Callable[[str], FurtherModel] | None = None
     label_smoothing: float = 0.0
