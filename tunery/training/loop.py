@@ -20,7 +20,7 @@ from tunery.errors import NonFiniteLoss
 from tunery.training import batching, memory
 from tunery.training.features import Switches
 from tunery.training.meter import LOSS, Meter, Reading
-from tunery.training.source import Held
+from tunery.training.source import Drawn, Held
 from tunery.training.types import AsksModel, Evaluated, Outcome, SeesSteps
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tunery.training.batching import MicroBatch
     from tunery.training.control import StopFlag
     from tunery.training.engines import Engine
-    from tunery.training.source import Examples
+    from tunery.training.source import Draw, Examples, Source
     from tunery.training.store import TokenStore
     from tunery.training.types import Batch, Layout, LossOutput, Objective, TaskRuntime
 
@@ -104,6 +104,7 @@ class Loop:
         train, valid: encoded data; `valid` may be None.
         state: a fresh one, or a resumed run's.
         tokenizer, labels: what evaluations are put into words with.
+        source: of each step's examples; None draws rows of `train`.
     """
 
     def __init__(
@@ -122,10 +123,12 @@ class Loop:
         state: LoopState | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         labels: tuple[str, ...] = (),
+        source: Source | None = None,
     ) -> None:
         self.engine, self.objective, self.task = engine, objective, task
         self.tokenizer, self.labels = tokenizer, labels
         self.train, self.valid = train, valid
+        self.source = source or Drawn(train, settings.batch_size, settings.seed)
         self.settings, self.device = settings, device
         self.reporter, self.saver, self.stop = reporter, saver, stop
         self.state = state or LoopState()
@@ -134,6 +137,8 @@ class Loop:
         self._clock = _Clock()
         self._running: tuple[Examples, MicroBatch] | None = None
         self._norm: torch.Tensor | None = None
+        self._draws: dict[int, Draw] = {}
+        """Of the steps whose losses are not read yet."""
 
     def run(self) -> bool:
         """Train to the last step, or until told to stop; True when done.
@@ -173,12 +178,13 @@ class Loop:
     def _step(self) -> tuple[bool, bool]:
         """Returns whether to stop and whether to write a checkpoint, as all ranks agreed."""
         step = self.state.step
-        chosen = self._chosen(step)
-        units = float(self.train.units[chosen].sum())
+        draw = self._draws[step] = self.source.draw(step, self.state.budget)
+        store, chosen = draw.examples, draw.chosen
+        units = float(store.units[chosen].sum())
         while True:
             meter = Meter()
             with memory.attempt(alone=not self.engine.even) as tried:
-                self._accumulate(chosen, units, meter)
+                self._accumulate(store, chosen, units, meter)
             asked = (tried.failed, self.stop.stop, self.stop.take_checkpoint())
             failed, stop, checkpoint = self.engine.agree(*asked)
             if not failed:
@@ -188,33 +194,30 @@ class Loop:
                 self.stop.request_checkpoint()
         self._norm = self.engine.step()
         self._meter.merge(meter)
+        if self.engine.rank == 0:
+            self._meter.put_back(Reading(sums={name: [*pair] for name, pair in draw.sums.items()}))
         self.state.step += 1
-        self.state.trained_tokens += int(self.train.supervised[chosen].sum())
+        self.state.trained_tokens += int(store.supervised[chosen].sum())
         self._clock.steps += 1
-        self._clock.tokens += int(self.train.tokens[chosen].sum())
+        self._clock.tokens += int(store.tokens[chosen].sum())
         if not self.settings.switches.deferred_metrics:
             self._meter.put_back(self._meter.read())
         return stop, checkpoint
 
-    def _chosen(self, step: int) -> np.ndarray:
-        return batching.global_batch(
-            len(self.train), self.settings.batch_size, self.settings.seed, step
-        )
-
-    def _accumulate(self, chosen: np.ndarray, units: float, meter: Meter) -> None:
+    def _accumulate(self, store: Examples, chosen: np.ndarray, units: float, meter: Meter) -> None:
         torch.manual_seed(self._dropout_seed())
-        self._announce(self.train, chosen)
-        planned = self._plan(self.train, chosen)
+        self._announce(store, chosen)
+        planned = self._plan(store, chosen)
         scale = 1 / units if units else 0.0
-        with self._batches(self.train, planned) as batches:
+        with self._batches(store, planned) as batches:
             for number, (micro, batch) in enumerate(zip(planned, batches, strict=True)):
                 out = self.objective.loss(self.engine.model, batch)
                 loss = out.loss * (0.0 if micro.ghost else scale)
                 self.engine.backward(loss, last=number == len(planned) - 1)
                 if not micro.ghost:
-                    self._note(meter, self.train, micro, out, number)
+                    self._note(meter, store, micro, out, number)
 
-    def _announce(self, store: TokenStore, chosen: np.ndarray) -> None:
+    def _announce(self, store: Examples, chosen: np.ndarray) -> None:
         """Tell the objective of the whole step, where it wants to know."""
         if isinstance(self.objective, SeesSteps):
             self.objective.begin(store[int(number)] for number in chosen)
@@ -248,7 +251,7 @@ class Loop:
         return [] if total is None else total.tolist()
 
     def _note(
-        self, meter: Meter, store: TokenStore, micro: MicroBatch, out: LossOutput, number: int
+        self, meter: Meter, store: Examples, micro: MicroBatch, out: LossOutput, number: int
     ) -> None:
         units = float(store.units[list(micro.examples)].sum())
         meter.add(out, units, step=self.state.step, micro=number)
@@ -256,9 +259,9 @@ class Loop:
     def _calibrate(self) -> None:
         """Gradients before the first update, over the run's first examples, for the hook."""
         for step in range(self.settings.calibration_steps):
-            chosen = self._chosen(step)
-            self._announce(self.train, chosen)
-            self._accumulate(chosen, float(self.train.units[chosen].sum()), Meter())
+            draw = self.source.draw(step, self.state.budget)
+            units = float(draw.examples.units[draw.chosen].sum())
+            self._accumulate(draw.examples, draw.chosen, units, Meter())
             self.engine.calibrate()
 
     def _dropout_seed(self) -> int:
@@ -281,9 +284,7 @@ class Loop:
         )
 
     @contextmanager
-    def _batches(
-        self, store: Examples, planned: Sequence[MicroBatch]
-    ) -> Iterator[Iterator[Batch]]:
+    def _batches(self, store: Examples, planned: Sequence[MicroBatch]) -> Iterator[Iterator[Batch]]:
         """Micro-batches on the device; with prefetching, one is made while another is used."""
         if not (self.settings.switches.prefetch and self.device.type == "cuda"):
             yield (self._batch(store, micro) for micro in planned)
@@ -320,13 +321,15 @@ class Loop:
         Raises:
             OutOfMemory: not even one example fits.
         """
-        heaviest = np.argsort(-self.train.longest, kind="stable")[: self.settings.batch_size]
+        heaviest = self.source.heaviest()
+        if heaviest is None:
+            return
         self.engine.model.train()
         while True:
-            micro = self._plan(self.train, heaviest)[:1]
+            micro = self._plan(heaviest.examples, heaviest.chosen)[:1]
             with (
                 memory.attempt(alone=not self.engine.even) as tried,
-                self._batches(self.train, micro) as batches,
+                self._batches(heaviest.examples, micro) as batches,
             ):
                 for batch in batches:
                     out = self.objective.loss(self.engine.model, batch)
@@ -370,7 +373,7 @@ class Loop:
 
     @property
     def _epoch(self) -> float:
-        return self.state.step / batching.steps_per_epoch(len(self.train), self.settings.batch_size)
+        return self.state.step / self.source.steps_per_epoch
 
     def _read(self) -> Reading:
         """All ranks' sums since the last metric point.
@@ -386,14 +389,16 @@ class Loop:
             bad += [(*reading.bad, rank)] if reading.bad else []
         if bad:
             raise self._non_finite(*min(bad))
+        self._draws.clear()
         return total
 
     def _non_finite(self, step: int, micro: int, rank: int) -> NonFiniteLoss:
+        store, chosen = self._draws[step].examples, self._draws[step].chosen
         planned = batching.plan(
-            self._chosen(step),
-            self.train.longest,
-            self.train.tokens,
-            self.train.documents,
+            chosen,
+            store.longest,
+            store.tokens,
+            store.documents,
             budget=self.state.budget,
             layout=self.settings.layout,
             by_length=self.settings.switches.length_split,
@@ -401,7 +406,7 @@ class Loop:
             world=self.engine.world,
             even=self.engine.even,
         )
-        rows = sorted(self.train[number].index for number in planned[micro].examples)
+        rows = sorted(self.source.row(store[number]) for number in planned[micro].examples)
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         return NonFiniteLoss(
             f"the loss of step {step + 1}, micro-batch {micro + 1} (rows {shown}) is not finite",
@@ -439,9 +444,7 @@ class Loop:
     def _evaluation_due(self, done: bool) -> bool:
         if self.settings.evaluate_every is not None:
             return done or self._due(self.settings.evaluate_every)
-        return done or self._due(
-            batching.steps_per_epoch(len(self.train), self.settings.batch_size)
-        )
+        return done or self._due(self.source.steps_per_epoch)
 
     def _evaluate(self) -> None:
         if self.valid is None:
@@ -454,6 +457,9 @@ class Loop:
 
     def evaluate(self, store: TokenStore) -> dict[str, float]:
         """Metrics over all of `store`, by all ranks, as `valid_<name>`."""
+        found = self.source.evaluate(store, self.state.budget)
+        if found is not None:
+            return {f"valid_{name}": value for name, value in found.items()}
         seen = self.examine(store)
         metrics = self.task.metrics(self.settings.metrics, seen)
         named = {"loss": seen.loss, **seen.sums, **metrics}

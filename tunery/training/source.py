@@ -95,6 +95,10 @@ class Source(Protocol):
         """The step that needs most memory, to be tried out; None where nobody can know."""
         ...
 
+    def row(self, example: Example) -> int:
+        """`Example.index` of the row that a drawn example comes from."""
+        ...
+
     def evaluate(self, store: TokenStore, budget: int) -> dict[str, float] | None:
         """Metrics of held-out rows by name; None: the loss on them says it all."""
         ...
@@ -127,6 +131,9 @@ class Drawn:
     def heaviest(self) -> Draw | None:
         longest = np.argsort(-self._store.longest, kind="stable")
         return Draw(self._store, longest[: self._batch_size])
+
+    def row(self, example: Example) -> int:
+        return example.index
 
     def evaluate(self, store: TokenStore, budget: int) -> dict[str, float] | None:
         return None

@@ -253,7 +253,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(lab: Any, erro
 
 def test_a_resumed_run_remembers_what_fits(lab: Any) -> None:
     loop, _ = lab.loop(lab.lora(), lab.examples(14), state=LoopState(step=1, budget=40))
-    planned = loop._plan(loop.train, loop._chosen(1))
+    planned = loop._plan(loop.train, loop.source.draw(1, 0).chosen)
     assert max(loop.train.longest[list(m.examples)].max() * len(m.examples) for m in planned) <= 40
 
 
@@ -275,7 +275,7 @@ def test_what_a_step_had_added_up_before_memory_ran_out_is_forgotten(lab: Any) -
             return inner.loss(model, batch)
 
     loop, record = lab.loop(model, examples, micro_batch_tokens=60, objective=SecondCallFails())
-    assert len(loop._plan(loop.train, loop._chosen(0))) > 1
+    assert len(loop._plan(loop.train, loop.source.draw(0, 0).chosen)) > 1
     loop.run()
     assert [code for code, _ in record.warnings] == ["micro_batch_halved"]
     assert record.series("grad_norm") == pytest.approx(roomy.series("grad_norm"), abs=1e-4)
