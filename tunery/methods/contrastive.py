@@ -20,6 +20,7 @@ from pydantic import Field
 
 from tunery.entries import Hyperparameters, Method
 from tunery.errors import InvalidConfig
+from tunery.tasks.sentence_embedding import has_score
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -163,7 +164,7 @@ class _Cosine(_Vectors):
         self._run = run
 
     def units(self, example: Example) -> float:
-        if example.target is None:
+        if not has_score(example):
             raise InvalidConfig(
                 "loss 'cosine' learns from rows of two sentences and a score",
                 param="method.contrastive.hyperparameters.loss",
@@ -180,7 +181,7 @@ class _Triplet(_Vectors):
         self._margin = config.margin
 
     def units(self, example: Example) -> float:
-        if example.target is not None or len(example.documents) != 3:
+        if has_score(example) or len(example.documents) != 3:
             raise InvalidConfig(
                 "loss 'triplet' learns from rows of an anchor, a positive and one negative",
                 param="method.contrastive.hyperparameters.loss",
@@ -205,7 +206,7 @@ class _Ranking(_Vectors):
         """Row to loss (), hit () and slope (texts, H)."""
 
     def units(self, example: Example) -> float:
-        if example.target is not None:
+        if has_score(example):
             raise InvalidConfig(
                 "loss 'multiple_negatives_ranking' learns from pairs of anchor and positive",
                 hint="set loss to cosine for sentences with scores",

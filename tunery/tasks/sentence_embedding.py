@@ -127,8 +127,9 @@ class Runtime(Headed):
     ) -> Example:
         """A document per text, as the tokenizer frames it.
 
-        Pairs: anchor, positive and negatives. Similarity: both sentences; the target is their
-        score, float32, over the most similar one.
+        Similarity: both sentences; the target is their score over the most similar one, float32
+        (). Pairs: anchor, positive and negatives; the target has no entries, (0,): which texts
+        belong together is all there is to know.
 
         Raises:
             InvalidData: a text has no tokens, a score is above the most similar one, or rows have
@@ -139,9 +140,11 @@ class Runtime(Headed):
         from tunery.training.types import Example
 
         if options.format == "similarity":
-            texts, target = [row["sentence1"], row["sentence2"]], self._score(row["score"], index)
+            texts = [row["sentence1"], row["sentence2"]]
+            target = np.asarray(self._score(row["score"], index), dtype=np.float32)
         else:
-            texts, target = [row["anchor"], row["positive"], *row["negatives"]], None
+            texts = [row["anchor"], row["positive"], *row["negatives"]]
+            target = np.zeros(0, dtype=np.float32)
         self._texts = self._texts or len(texts)
         if len(texts) != self._texts:
             raise InvalidData(
@@ -150,9 +153,7 @@ class Runtime(Headed):
                 hint="give every row the same number of negatives",
             )
         documents = tuple(_document(text, tokenizer, options.max_length, index) for text in texts)
-        return Example(
-            documents, None if target is None else np.asarray(target, dtype=np.float32), index
-        )
+        return Example(documents, target, index)
 
     def _score(self, score: float, index: int) -> float:
         if abs(score) > self._config.most_similar:
@@ -206,15 +207,14 @@ class Runtime(Headed):
         """Correlations and F1 of scored pairs; ranks of each anchor's positive among all texts of
         the evaluated rows that are not anchors. All but the loss in -1..1."""
         values = {"loss": seen.loss}
-        if seen.outcomes and seen.outcomes[0].example.target is not None:
-            values |= _of_scores(seen.outcomes)
-        elif seen.outcomes:
-            values |= _of_ranks(seen.outcomes)
+        if seen.outcomes:
+            first = seen.outcomes[0].example
+            values |= _of_scores(seen.outcomes) if has_score(first) else _of_ranks(seen.outcomes)
         return {name: values[name] for name in names if name in values}
 
     def predictions(self, seen: Evaluated) -> Iterator[dict[str, Any]]:
         """The cosine of both texts beside their score; of pairs, the positive's rank from 1."""
-        if seen.outcomes and seen.outcomes[0].example.target is None:
+        if seen.outcomes and not has_score(seen.outcomes[0].example):
             for outcome, rank in zip(seen.outcomes, _ranks(seen.outcomes), strict=True):
                 yield {"row": outcome.example.row, "prediction": _cosine(outcome), "rank": rank}
             return
@@ -241,6 +241,11 @@ class Runtime(Headed):
                 **{f"pooling_mode_{kind}": kind == pooling[self._config.pooling] for kind in kinds},
             },
         }
+
+
+def has_score(example: Example) -> bool:
+    """Whether it is two texts and how alike they are; else texts that belong together."""
+    return getattr(example.target, "size", 0) > 0
 
 
 def _document(
