@@ -247,6 +247,8 @@ class Attempt:
                 publisher.announce(event)
             else:
                 self._record.take(event)
+                if self._record.stepping:  # nobody waits for any one event now
+                    process.relax()
 
     async def _read_log(self, process: TrainerProcess) -> None:
         while data := await process.log.read(1 << 16):

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _COLD_WAIT_S = 30.0
 _LINE_BYTES = 1 << 20
 """The longest event that is read."""
+_PACE_S = 0.2
+"""What a relaxed reader lets gather. A pipe holds 64 KiB, some 200 events; a trainer that fills it
+waits as long."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ class TrainerProcess:
         status: asyncio.StreamReader,
         events: asyncio.StreamReader,
         log: asyncio.StreamReader,
-        transports: Sequence[asyncio.ReadTransport],
+        pipes: Sequence[_Pipe],
         child: subprocess.Popen[bytes] | None,
     ) -> None:
         self._control = control
         self._status = status
         self.events = events
         self.log = log
-        self._transports = transports
+        self._pipes = pipes
         self._child = child
         self._closed = False
         self.trainer = 0
@@ -122,11 +125,9 @@ class TrainerProcess:
             for fd in (control[0], *(pipe[1] for pipe in incoming)):
                 os.close(fd)
         os.set_blocking(control[1], False)
-        readers = [await _reader(pipe[0]) for pipe in incoming]
-        streams = [stream for stream, _ in readers]
-        return cls(
-            control[1], streams[0], streams[1], streams[2], [pipe for _, pipe in readers], child
-        )
+        pipes_in = [await _Pipe.open(pipe[0]) for pipe in incoming]
+        status, events, log = (pipe.stream for pipe in pipes_in)
+        return cls(control[1], status, events, log, pipes_in, child)
 
     async def _greeted(self, within_s: float) -> bool:
         try:
@@ -138,6 +139,15 @@ class TrainerProcess:
         hello = json.loads(line)
         self.lifeline, self.trainer = hello["lifeline"], hello["trainer"]
         return True
+
+    def relax(self) -> None:
+        """Hear of events and log lines in batches from now on, some five a second.
+
+        Each wake-up of ours takes a core from one of the trainer's threads, and the others wait for
+        that one.
+        """
+        for pipe in self._pipes[1:]:
+            pipe.pace_s = _PACE_S
 
     def renew(self, began: float) -> None:
         """The heartbeat begun at `began` (`time.monotonic`) succeeded: live on."""
@@ -181,17 +191,38 @@ class TrainerProcess:
             return
         os.close(self._control)
         self._closed = True
-        for transport in self._transports:
-            transport.close()
+        for pipe in self._pipes:
+            pipe.close()
         if self._child is not None:
             await asyncio.to_thread(self._child.wait)
 
 
-async def _reader(fd: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
-    """A stream over the reading end of a pipe; the transport closes it."""
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=_LINE_BYTES)
-    transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", buffering=0)
-    )
-    return reader, transport
+class _Pipe(asyncio.StreamReaderProtocol):
+    """The reading end of a pipe as a stream, which may be read no more often than `pace_s`."""
+
+    def __init__(self) -> None:
+        self.stream = asyncio.StreamReader(limit=_LINE_BYTES)
+        super().__init__(self.stream)
+        self.pace_s = 0.0
+
+    @classmethod
+    async def open(cls, fd: int) -> _Pipe:
+        """Over a descriptor, which is closed with the pipe."""
+        loop = asyncio.get_running_loop()
+        _, pipe = await loop.connect_read_pipe(cls, os.fdopen(fd, "rb", buffering=0))
+        return pipe
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.ReadTransport)
+        self._pipe = transport
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.pace_s:
+            self._pipe.pause_reading()
+            asyncio.get_running_loop().call_later(self.pace_s, self._pipe.resume_reading)
+
+    def close(self) -> None:
+        """Let go of the descriptor."""
+        self._pipe.close()

@@ -52,6 +52,11 @@ class Record:
         """The trainer's own word on why it gave up."""
         return self._report.failure
 
+    @property
+    def stepping(self) -> bool:
+        """Whether the first step is done."""
+        return self._report.started
+
     def last_lines(self) -> str:
         """The end of what the trainer printed."""
         return self._book.last_lines()

@@ -83,3 +83,10 @@ def add_in_parallel(workdir: Path, events: int) -> int:
     a = torch.ones(512, 512)
     os.write(events, repr(((a @ a).sum().item(), took_s)).encode())
     return 0
+
+
+def chatter(workdir: Path, events_fd: int) -> int:
+    for number in range(100):
+        os.write(events_fd, b"%d\n" % number)
+        time.sleep(0.01)
+    return 0

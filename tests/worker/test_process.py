@@ -11,7 +11,7 @@ import pytest
 
 from worker.environment import base_environment
 from worker.lifeline import Order, Reason
-from worker.process import Exit, TrainerProcess
+from worker.process import Exit, TrainerProcess, _Pipe
 from worker.warm import WarmPool
 
 if TYPE_CHECKING:
@@ -43,6 +43,25 @@ async def test_events_log_and_exit_arrive(pool: WarmPool, tmp_path: Path, warm: 
     assert await process.events.readline() == b"hello\n"
     assert await process.log.read() == b"on the log\n"
     assert await process.wait() == Exit(7, Reason.EXITED)
+    await process.close()
+
+
+async def test_a_relaxed_reader_hears_everything_in_fewer_turns(
+    pool: WarmPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[int] = []
+    hear = _Pipe.data_received
+
+    def count(pipe: _Pipe, data: bytes) -> None:
+        turns.append(len(data))
+        hear(pipe, data)
+
+    monkeypatch.setattr(_Pipe, "data_received", count)
+    process = await TrainerProcess.start(order("chatter", tmp_path), warm=tmp_path / "warm.sock")
+    process.relax()
+    assert (await process.events.read()).split() == [b"%d" % number for number in range(100)]
+    assert len(turns) < 50
+    assert (await process.wait()).code == 0
     await process.close()
 
 
