@@ -151,6 +151,12 @@ def targets_in(model: nn.Module, targets: Targets) -> list[str]:
     return sorted({_shortest(path, rest) for path in wanted})
 
 
+def paths_by_tail(model: nn.Module, tail: str) -> list[str]:
+    """Paths of the linear modules that lie at `tail` inside their block."""
+    inside, _ = _linear_paths(model)
+    return [path for path, known in inside.items() if known == tail]
+
+
 def sizes_in(model: nn.Module, targets: Sequence[str]) -> list[tuple[str, int, int, bool]]:
     """Path, in and out features and whether there is a bias, of each module that PEFT would pick.
 

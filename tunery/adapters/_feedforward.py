@@ -1,0 +1,64 @@
+"""Where the families' feed-forward sub-layers begin and end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from tunery.adapters._targets import paths_by_tail
+from tunery.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class FeedForward(NamedTuple):
+    """Paths inside a block: a linear that reads the sub-layer's input, and its last linear."""
+
+    first: str
+    last: str
+
+
+_GATED = FeedForward("mlp.gate_proj", "mlp.down_proj")
+_BERT = FeedForward("intermediate.dense", "output.dense")
+_FAMILIES: dict[str, FeedForward] = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "smollm3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+        ),
+        _GATED,
+    ),
+    "phi": FeedForward("mlp.fc1", "mlp.fc2"),
+    "phi3": FeedForward("mlp.gate_up_proj", "mlp.down_proj"),
+    "gpt2": FeedForward("mlp.c_fc", "mlp.c_proj"),
+    "gpt_neox": FeedForward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
+    "distilbert": FeedForward("ffn.lin1", "ffn.lin2"),
+}
+
+
+def feedforward_of(model_type: str) -> FeedForward:
+    """The family's feed-forward sub-layer.
+
+    Raises:
+        InvalidConfig: a family whose places are not known.
+    """
+    if model_type not in _FAMILIES:
+        raise InvalidConfig(
+            f"where the feed-forward of {model_type!r} lies is not known",
+            hint=f"known: {', '.join(sorted(_FAMILIES))}",
+            code="unsupported_architecture",
+            param="type",
+        )
+    return _FAMILIES[model_type]
+
+
+def last_linears(model: nn.Module, model_type: str) -> list[str]:
+    """Targets for PEFT that pick the last linear of each block's feed-forward and nothing else."""
+    return paths_by_tail(model, feedforward_of(model_type).last)
