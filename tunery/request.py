@@ -45,6 +45,15 @@ class ComputeRequest(_Strict):
 class EvaluationRequest(_Strict):
     every_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations.")
     metrics: tuple[str, ...] | None = Field(None, description="Names of the task's metrics.")
+    test_file: str | None = Field(
+        None, min_length=1, description="Measured once, after the last step, as test_<metric>."
+    )
+    baseline: bool = Field(
+        False, description="Measure the untuned base too, before the first step, as base_<metric>."
+    )
+    predictions: bool = Field(
+        True, description="Leave the answers to held-out rows under predictions/ in the result."
+    )
 
 
 class CheckpointsRequest(_Strict):

@@ -79,6 +79,7 @@ def resolve(
     *,
     training: DataFile,
     validation: DataFile | None = None,
+    test: DataFile | None = None,
     shape: ModelShape | None = None,
     revision: str | None = None,
     seed: int,
@@ -101,6 +102,7 @@ def resolve(
     task = _task(request, method, read_as, story)
     adapter = _adapter(request, story)
     _check_fit(request, method, task.entry, adapter.entry, training, validation, read_as)
+    _check_test(request, training, test)
     settings = _Settings(request, method, adapter.entry, training, shape)
     config, multiplier = settings.resolve(story)
     compute = _compute(request, devices, story)
@@ -112,10 +114,10 @@ def resolve(
         method=Use(type=method.name, config=config.model_dump(mode="json")),
         adapter=adapter.use,
         transforms=transforms,
-        data=_data(training, validation, story),
+        data=_data(training, validation, test, story),
         seed=request.seed if request.seed is not None else seed,
         compute=compute,
-        evaluation=_evaluation(request, task.entry, validation, story),
+        evaluation=_evaluation(request, task.entry, validation or test, story),
         checkpoints=_checkpoints(request, steps, story),
         limits=Limits(max_runtime_s=request.ext.limits.max_runtime_s),
         output=_output(request, adapter.entry),
@@ -388,8 +390,26 @@ def _transforms(
     return tuple(uses), read_as
 
 
-def _data(training: DataFile, validation: DataFile | None, story: _Story) -> Data:
-    """Both files, their labels numbered together: in number order where all are numbers."""
+def _check_test(request: JobRequest, training: DataFile, test: DataFile | None) -> None:
+    param = "ext.evaluation.test_file"
+    if test is None and request.ext.evaluation.test_file is not None:
+        raise UnsupportedCombination(
+            "ext.evaluation.test_file is read by `tunery train` alone so far",
+            hint="name the file as validation_file, or train with `tunery train`",
+            param=param,
+        )
+    if test is not None and test.format != training.format:
+        raise UnsupportedCombination(
+            f"the training file is {training.format} data and the test file is {test.format} data",
+            hint="both must have one format",
+            param=param,
+        )
+
+
+def _data(
+    training: DataFile, validation: DataFile | None, test: DataFile | None, story: _Story
+) -> Data:
+    """All files, their labels numbered together: in number order where all are numbers."""
     if validation is not None and validation.sha256 == training.sha256:
         story.warn(
             "train_valid_overlap",
@@ -397,19 +417,21 @@ def _data(training: DataFile, validation: DataFile | None, story: _Story) -> Dat
             "the validation file is the training file: its loss will say nothing of unseen rows",
         )
     if training.labels is None:
-        return Data(training=training, validation=validation)
+        return Data(training=training, validation=validation, test=test)
     held_out = set((validation.labels if validation else None) or ())
+    held_out |= set((test.labels if test else None) or ())
     unseen = held_out - set(training.labels)
     if unseen:
         story.warn(
             "unseen_labels",
             "validation_file",
-            f"{len(unseen)} labels of the validation file are not trained",
+            f"{len(unseen)} labels of the held-out rows are not trained",
         )
     labels = {"labels": tuple(sorted_labels({*training.labels, *held_out}))}
     return Data(
         training=training.model_copy(update=labels),
         validation=validation and validation.model_copy(update=labels),
+        test=test and test.model_copy(update=labels),
     )
 
 
@@ -469,10 +491,16 @@ def _check_strategy(request: JobRequest, adapter: Adapter, compute: Compute) -> 
 
 
 def _evaluation(
-    request: JobRequest, task: Task, validation: DataFile | None, story: _Story
+    request: JobRequest, task: Task, held_out: DataFile | None, story: _Story
 ) -> Evaluation:
     asked = request.ext.evaluation
-    if asked.every_steps is not None and validation is None:
+    if asked.baseline and held_out is None:
+        raise UnsupportedCombination(
+            "ext.evaluation.baseline asks for a measurement and there is no held-out file",
+            hint="upload one and name it as validation_file",
+            param="ext.evaluation.baseline",
+        )
+    if asked.every_steps is not None and held_out is None:
         raise UnsupportedCombination(
             "ext.evaluation.every_steps asks for evaluations and there is no validation_file",
             hint="upload a held-out file and name it as validation_file",
@@ -486,7 +514,12 @@ def _evaluation(
                 param="ext.evaluation.metrics",
             )
     story.note("evaluation.metrics", "request" if asked.metrics else f"default of {task.name}")
-    return Evaluation(every_steps=asked.every_steps, metrics=asked.metrics or task.default_metrics)
+    return Evaluation(
+        every_steps=asked.every_steps,
+        metrics=asked.metrics or task.default_metrics,
+        baseline=asked.baseline,
+        predictions=asked.predictions,
+    )
 
 
 def _output(request: JobRequest, adapter: Any) -> Output:

@@ -55,6 +55,7 @@ class DataFile(_Frozen):
 class Data(_Frozen):
     training: DataFile
     validation: DataFile | None = None
+    test: DataFile | None = Field(None, description="Measured once, after the last step.")
 
 
 class Compute(_Frozen):
@@ -79,6 +80,10 @@ class Compute(_Frozen):
 class Evaluation(_Frozen):
     every_steps: int | None = Field(None, ge=1, description="None: at the end of each epoch.")
     metrics: tuple[str, ...] = ("loss",)
+    baseline: bool = Field(False, description="Measure the untuned base before the first step.")
+    predictions: bool = Field(
+        True, description="Leave the answers to held-out rows under `predictions/` in the result."
+    )
 
 
 class Checkpoints(_Frozen):

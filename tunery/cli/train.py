@@ -101,18 +101,21 @@ def order_of(file: Path, settings: list[str], paths: dict[str, Path | None], nam
         else None
     )
     request = parse_request({**body, "training_file": training.name})
+    asked = request.ext.evaluation.test_file
+    test = file.parent / Path(asked).expanduser() if asked else None
     model, revision = base_model(request.model)
     resolved = resolve(
         request,
         training=describe(training),
         validation=describe(held_out) if held_out else None,
+        test=describe(test) if test else None,
         shape=shape(model),
         revision=revision,
         seed=secrets.randbelow(2**31),
     )
     for warning in resolved.warnings:
         output.say(f"warning: {warning['path']}: {warning['message']}")
-    return _order(resolved.spec, model, training, held_out, name)
+    return _order(resolved.spec, model, (training, held_out, test), name)
 
 
 def _from_spec(
@@ -125,14 +128,13 @@ def _from_spec(
         where = ".".join(map(str, first["loc"]))
         raise InvalidConfig(f"{file}: {where}: {first['msg']}", param=where) from None
     training = _data_of(spec.data.training, paths["training"], file)
-    held_out = spec.data.validation
-    return _order(
-        spec,
-        base_model(spec.model.name, spec.model.revision)[0],
+    held_out, test = spec.data.validation, spec.data.test
+    files = (
         training,
         _data_of(held_out, paths["validation"], file) if held_out else None,
-        name,
+        _data_of(test, None, file) if test else None,
     )
+    return _order(spec, base_model(spec.model.name, spec.model.revision)[0], files, name)
 
 
 def _data_of(named: DataFile, given: Path | None, file: Path) -> Path:
@@ -163,8 +165,9 @@ def base_model(name: str, revision: str | None = None) -> tuple[Path, str | None
 
 
 def _order(
-    spec: TrainingSpec, model: Path, training: Path, held_out: Path | None, name: str
+    spec: TrainingSpec, model: Path, files: tuple[Path, Path | None, Path | None], name: str
 ) -> RunOrder:
+    training, held_out, test = files
     return protocol.RunOrder(
         run=name,
         spec=spec,
@@ -175,6 +178,7 @@ def _order(
         },
         training_path=str(training.resolve()),
         validation_path=str(held_out.resolve()) if held_out else None,
+        test_path=str(test.resolve()) if test else None,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +24,8 @@ from tunery.training.source import Drawn, Held
 from tunery.training.types import AsksModel, Evaluated, Outcome, SeesSteps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedTokenizerBase
 
@@ -52,6 +53,8 @@ class LoopSettings:
     checkpoint_every: int | None = None
     metrics: tuple[str, ...] = ("loss",)
     switches: Switches = field(default_factory=Switches)
+    baseline: bool = False
+    """Whether the untuned base is measured too, before the first step."""
     calibration_steps: int = 0
     """Steps whose gradients the adapter's hook sees before a run's first update."""
 
@@ -101,7 +104,9 @@ class Loop:
     """One rank's steps.
 
     Args:
-        train, valid: encoded data; `valid` may be None.
+        train, valid, test: encoded data; `valid` and `test` may be None. `test` is measured once,
+            after the last step.
+        reference: context in which the model answers as the untuned base.
         state: a fresh one, or a resumed run's.
         tokenizer, labels: what evaluations are put into words with.
         source: of each step's examples; None draws rows of `train`.
@@ -124,10 +129,15 @@ class Loop:
         tokenizer: PreTrainedTokenizerBase | None = None,
         labels: tuple[str, ...] = (),
         source: Source | None = None,
+        test: TokenStore | None = None,
+        reference: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.engine, self.objective, self.task = engine, objective, task
         self.tokenizer, self.labels = tokenizer, labels
-        self.train, self.valid = train, valid
+        self.train, self.valid, self.test = train, valid, test
+        self._reference = reference or nullcontext
+        self.seen: dict[str, Evaluated] = {}
+        """The latest evaluations: valid, test, base_valid, base_test."""
         self.source = source or Drawn(train, settings.batch_size, settings.seed)
         self.settings, self.device = settings, device
         self.reporter, self.saver, self.stop = reporter, saver, stop
@@ -151,6 +161,8 @@ class Loop:
             self._meter.put_back(Reading(sums=dict(self.state.window)))
         if self.settings.switches.memory_probe and self.device.type == "cuda":
             self.probe()
+        if self.state.step == 0 and self.settings.baseline:
+            self._measure_base()
         if self.state.step == 0 and self.valid is not None:
             self._evaluate()
         else:
@@ -170,6 +182,8 @@ class Loop:
                 return False
             if not done and (checkpoint or self._due(self.settings.checkpoint_every)):
                 self._save(final=False)
+        if self.test is not None:
+            self._evaluate(self.test, "test")
         self._save(final=True)
         return True
 
@@ -446,26 +460,32 @@ class Loop:
             return done or self._due(self.settings.evaluate_every)
         return done or self._due(self.source.steps_per_epoch)
 
-    def _evaluate(self) -> None:
-        if self.valid is None:
+    def _measure_base(self) -> None:
+        with self._reference():
+            self._evaluate(self.valid, "base_valid")
+            self._evaluate(self.test, "base_test")
+
+    def _evaluate(self, store: TokenStore | None = None, what: str = "valid") -> None:
+        store = self.valid if what == "valid" else store
+        if store is None:
             return
         with self._clock.paused():
             self.reporter.phase("evaluating")
-            values = self.evaluate(self.valid)
+            values = self.evaluate(store, what)
             self.reporter.phase("training")
         self._report(values)
 
-    def evaluate(self, store: TokenStore) -> dict[str, float]:
-        """Metrics over all of `store`, by all ranks, as `valid_<name>`."""
+    def evaluate(self, store: TokenStore, what: str = "valid") -> dict[str, float]:
+        """Metrics over all of `store`, by all ranks, as `<what>_<name>`."""
         found = self.source.evaluate(store, self.state.budget)
         if found is not None:
-            return {f"valid_{name}": value for name, value in found.items()}
-        seen = self.examine(store)
+            return {f"{what}_{name}": value for name, value in found.items()}
+        seen = self.seen[what] = self.examine(store)
         metrics = self.task.metrics(self.settings.metrics, seen)
         named = {"loss": seen.loss, **seen.sums, **metrics}
         if "mean_token_accuracy" in named:
             named.pop("token_accuracy", None)
-        return {f"valid_{name}": value for name, value in named.items()}
+        return {f"{what}_{name}": value for name, value in named.items()}
 
     def examine(self, store: TokenStore) -> Evaluated:
         """What the model makes of all of `store`, gathered from all ranks."""

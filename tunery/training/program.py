@@ -40,6 +40,7 @@ from tunery.training.losses import HeadPolicy, TokenLossComputer
 from tunery.training.memory import peak_bytes
 from tunery.training.merging import MUCH_LOST, merge
 from tunery.training.optimizer import OptimizerSettings
+from tunery.training.predictions import write_predictions
 from tunery.training.preflight import inspect
 from tunery.training.store import build, cache_key
 from tunery.training.types import (
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from tunery.training.preflight import Preflight
     from tunery.training.protocol import Event, RunOrder
     from tunery.training.store import TokenStore
-    from tunery.training.types import Batch, Example, Layout, Objective
+    from tunery.training.types import Batch, Evaluated, Example, Layout, Objective
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREFLIGHT_ROWS = 5000
@@ -168,6 +169,7 @@ class Trainer:
         self.state = LoopState()
         self.engine: Engine | None = None
         self.checkpoints: Checkpoints | None = None
+        self.seen: dict[str, Evaluated] = {}
 
     @property
     def step(self) -> int:
@@ -198,7 +200,7 @@ class Trainer:
         self.base = base_of(self.model)
         self.losses = TokenLossComputer(self.base, self._head_policy())
         self.objective: Objective = entries.method.objective(entries.config, self._method_run())
-        self.training, self.validation = self._stores()
+        self.training, self.validation, self.test = self._stores()
         self.preflight = self._preflight()
         self._warn_of_overlap()
         self.layout = self._layout()
@@ -272,14 +274,14 @@ class Trainer:
         )
 
     def _method_run(self) -> MethodRun:
-        reference: Callable[[], AbstractContextManager[Any]] | None = None
+        self.reference: Callable[[], AbstractContextManager[Any]] | None = None
         disabled = self.entries.adapter.base_when_disabled(self.entries.adapter_config)
         if disabled and not self.order.init_path:
-            reference = cast("Any", self.model).disable_adapter
+            self.reference = cast("Any", self.model).disable_adapter
         return MethodRun(
             task=self.task,
             token_losses=self.losses,
-            reference=reference,
+            reference=self.reference,
             seed=self.spec.seed,
             losses_of=lambda model: TokenLossComputer(base_of(model), self._head_policy()),
             tokenizer=self.tokenizer,
@@ -356,20 +358,26 @@ class Trainer:
 
     # Data
 
-    def _stores(self) -> tuple[TokenStore, TokenStore | None]:
+    def _stores(self) -> tuple[TokenStore, TokenStore | None, TokenStore | None]:
         """Rank 0 encodes, the others map what it wrote."""
         assert self.engine is not None
         data, order = self.spec.data, self.order
-        files = [(data.training, order.training_path, False)]
-        if data.validation is not None and order.validation_path is not None:
-            files.append((data.validation, order.validation_path, True))
+        files = [
+            (data.training, order.training_path),
+            (data.validation, order.validation_path),
+            (data.test, order.test_path),
+        ]
+        if self.engine.rank:
+            self.engine.barrier()
+        stores = [
+            self._store(file, path, held_out=number > 0) if file and path else None
+            for number, (file, path) in enumerate(files)
+        ]
         if self.engine.rank == 0:
-            stores = [self._store(*file) for file in files]
             self.engine.barrier()
-        else:
-            self.engine.barrier()
-            stores = [self._store(*file) for file in files]
-        return stores[0], stores[1] if len(stores) > 1 else None
+        training, validation, test = stores
+        assert training is not None
+        return training, validation, test
 
     def _store(self, file: DataFile, path: str, held_out: bool) -> TokenStore:
         _prime(self.spec.transforms, self.tokenizer)
@@ -567,6 +575,8 @@ class Trainer:
             task=self.task,
             train=self.training,
             valid=self.validation,
+            test=self.test,
+            reference=self.reference,
             settings=LoopSettings(
                 total_steps=self.total_steps,
                 batch_size=config.batch_size,
@@ -578,6 +588,7 @@ class Trainer:
                 evaluate_every=spec.evaluation.every_steps,
                 checkpoint_every=spec.checkpoints.every_steps,
                 metrics=spec.evaluation.metrics,
+                baseline=spec.evaluation.baseline,
                 calibration_steps=self.hook.calibration_steps if self.hook else 0,
                 switches=replace(
                     self.switches, length_split=self.switches.length_split and config.packing
@@ -591,6 +602,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             labels=spec.data.training.labels or (),
         )
+        self.seen = loop.seen
         try:
             done = loop.run()
         finally:
@@ -607,6 +619,8 @@ class Trainer:
 
     def _finish_export(self, export: Path) -> None:
         """What a finished run leaves beside its adapter, before the checkpoint is published."""
+        if self.spec.evaluation.predictions:
+            write_predictions(export, self.seen, self.task)
         if not self.spec.output.merge:
             return
         report = merge(Path(self.order.base_model_path), export, export / "merged")

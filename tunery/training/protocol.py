@@ -48,6 +48,7 @@ class RunOrder(_Message):
     )
     training_path: str
     validation_path: str | None = None
+    test_path: str | None = None
     resume_path: str | None = Field(
         None, description="A verified `resume` folder to continue from."
     )

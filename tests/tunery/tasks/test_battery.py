@@ -18,8 +18,10 @@ from tunery import catalogue
 from tunery.cli.local_data import describe
 from tunery.data import formats
 from tunery.data.formats import Format
+from tunery.errors import UnsupportedCombination
 from tunery.request import parse_request
 from tunery.resolve import resolve
+from tunery.spec import DataFile
 from tunery.training import program
 from tunery.training.card import AUTO_CLASS
 from tunery.training.control import StopFlag
@@ -80,12 +82,14 @@ def test_every_task_is_tried() -> None:
 class Request:
     """A create request for a task, as a user sends it, and its runs."""
 
-    def __init__(self, name: str, base: Path, folder: Path) -> None:
+    def __init__(self, name: str, base: Path, folder: Path, **evaluation: Any) -> None:
         self.name, self.base, self.folder = name, base, folder
-        self.paths = [folder / f"{kind}.jsonl" for kind in ("train", "valid")]
-        for path, rows in zip(self.paths, (ROWS[name], ROWS[name][:5]), strict=True):
+        kinds = {"train": ROWS[name], "valid": ROWS[name][:5], "test": ROWS[name][5:]}
+        self.paths = [folder / f"{kind}.jsonl" for kind in kinds]
+        for path, rows in zip(self.paths, kinds.values(), strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        training, validation = (describe(path) for path in self.paths)
+        training, validation, test = (describe(path) for path in self.paths)
+        tested = bool(evaluation.get("test_file"))
         method = METHOD.get(name, "supervised")
         body = {
             "model": "example/base",
@@ -95,11 +99,16 @@ class Request:
             "ext": {
                 "task": dict(catalogue.find("tasks", name).example),
                 "checkpoints": {"every_steps": 2},
+                "evaluation": evaluation,
                 **({"transforms": CHATML} if training.format in ("chat", "preference") else {}),
             },
         }
         self.spec = resolve(
-            parse_request(body), training=training, validation=validation, seed=3
+            parse_request(body),
+            training=training,
+            validation=validation,
+            test=test if tested else None,
+            seed=3,
         ).spec
 
     def run(self, kind: str, *, stop_after: int | None = None, resume: Path | None = None) -> Any:
@@ -117,6 +126,7 @@ class Request:
             base_model_path=str(self.base),
             training_path=str(self.paths[0]),
             validation_path=str(self.paths[1]),
+            test_path=str(self.paths[2]),
             resume_path=str(resume) if resume else None,
         )
         workdir = self.folder / kind
@@ -193,3 +203,61 @@ def test_a_request_trains_resumes_and_leaves_what_loads(
     assert series(resumed, "train_loss") == pytest.approx(after, abs=1e-6)
     export = request.checkpoint("whole", 4, "export")
     assert request.loss_of_export(export) == pytest.approx(last["valid_loss"], abs=1e-4)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("name", ["text-classification", "question-answering"])
+def test_base_and_test_file_are_measured_and_answers_are_left(
+    name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    request = Request(name, bases["bert"], tmp_path, baseline=True, test_file="test.jsonl")
+    events = request.run("whole")
+    last = next(event for event in events if event.kind == "done").metrics
+    for what in ("valid", "test"):
+        assert series(events, f"base_{what}_loss").keys() == {0}
+        assert last[f"base_{what}_loss"] > last[f"{what}_loss"]
+    assert series(events, "test_loss").keys() == {4}
+    # A LoRA adapter starts as the base, so the first measurement is the base's too.
+    assert series(events, "valid_loss")[0] == pytest.approx(last["base_valid_loss"], abs=1e-5)
+    answers = request.checkpoint("whole", 4, "export") / "predictions"
+    assert {path.stem: len(lines(path)) for path in answers.iterdir()} == {
+        "valid": 5,
+        "test": 3,
+        "base_valid": 5,
+        "base_test": 3,
+    }
+    assert [row["row"] for row in lines(answers / "test.jsonl")] == [0, 1, 2]
+    assert not (request.checkpoint("whole", 2, "export") / "predictions").exists()
+
+
+def test_answers_are_left_out_where_that_is_asked(bases: dict[str, Path], tmp_path: Path) -> None:
+    request = Request("text-classification", bases["bert"], tmp_path, predictions=False)
+    request.run("whole")
+    assert not (request.checkpoint("whole", 4, "export") / "predictions").exists()
+
+
+def test_a_test_file_that_nobody_brings_is_refused() -> None:
+    file = DataFile(
+        file_id="file-1",
+        sha256="0",
+        format="classification",
+        rows=9,
+        size_bytes=9,
+        labels=("a", "b"),
+    )
+    ext = {"evaluation": {"test_file": "file-2"}}
+    request = parse_request({"model": "m", "training_file": "file-1", "ext": ext})
+    with pytest.raises(UnsupportedCombination) as caught:
+        resolve(request, training=file, seed=0)
+    assert caught.value.param == "ext.evaluation.test_file"
+    other = file.model_copy(update={"format": "chat"})
+    with pytest.raises(UnsupportedCombination, match="the test file is chat data"):
+        resolve(request, training=file, test=other, seed=0)
+    bare = parse_request(
+        {"model": "m", "training_file": "f", "ext": {"evaluation": {"baseline": True}}}
+    )
+    with pytest.raises(UnsupportedCombination, match="there is no held-out file"):
+        resolve(bare, training=file, seed=0)
