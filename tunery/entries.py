@@ -164,6 +164,14 @@ class Loads(Protocol):
         ...
 
 
+@runtime_checkable
+class InCache(Protocol):
+    """An adapter that lives in the attention's cache, which recomputed activations go without."""
+
+    needs_cache: ClassVar[bool]
+    """True."""
+
+
 class Task(Entry, Protocol):
     """WHAT the model does and is measured by."""
 

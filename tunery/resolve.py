@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from tunery import catalogue
 from tunery.data import formats
 from tunery.data.formats import sorted_labels
-from tunery.entries import Loads, NeedsModels
+from tunery.entries import InCache, Loads, NeedsModels
 from tunery.errors import InvalidConfig, UnsupportedCombination
 from tunery.request import unknown_key, validated
 from tunery.spec import (
@@ -470,6 +470,13 @@ def _compute(request: JobRequest, devices: DeviceFacts | None, story: _Story) ->
 
 def _check_strategy(request: JobRequest, adapter: Adapter, compute: Compute) -> None:
     path = "ext.compute.strategy"
+    if isinstance(adapter, InCache) and compute.gradient_checkpointing:
+        raise UnsupportedCombination(
+            f"adapter {adapter.name!r} lives in the attention's cache, and recomputing activations "
+            "goes without one",
+            hint="leave gradient_checkpointing out, or use lora or prompt",
+            param="ext.compute.gradient_checkpointing",
+        )
     if isinstance(adapter, Loads) and compute.device not in {"auto", *adapter.devices}:
         raise UnsupportedCombination(
             f"adapter {adapter.name!r} trains on {_listed(adapter.devices)}, and the workers offer "

@@ -54,6 +54,7 @@ class Prefix:
     strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
     default_learning_rate: ClassVar[float] = 1e-2
     mergeable: ClassVar[bool] = False
+    needs_cache: ClassVar[bool] = True
     half_precision: ClassVar[bool] = True
 
     def trainable_parameters(self, config: PrefixConfig, shape: ModelShape) -> int:

@@ -27,7 +27,7 @@ from transformers import (
 from tunery import catalogue
 from tunery.adapters._tuner import Tuner
 from tunery.adapters.full import Full
-from tunery.entries import Loads, Rated, Stepping
+from tunery.entries import InCache, Loads, Rated, Stepping
 from tunery.errors import InvalidConfig
 from tunery.models.shape import shape_of
 from tunery.training.checkpoint import export_writer
@@ -334,6 +334,30 @@ def test_training_lowers_the_loss_and_leaves_the_rest_alone(case: Case) -> None:
         if not may_rest(name, parameter)
     ]
     assert stuck == []
+
+
+def gradients(case: Case, *, recompute: bool) -> dict[str, torch.Tensor]:
+    """Of one pass, by parameter name, dropout included."""
+    model = adapted(case)
+    base = model if is_whole(case) else model.get_base_model()
+    base.config.use_cache = False
+    if recompute:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(3)
+    model.train()(**batch(case)).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if not (case.is_one_of_many or isinstance(case.entry, InCache))],
+    ids=str,
+)
+def test_recomputing_activations_changes_no_gradient(case: Case) -> None:
+    kept, recomputed = gradients(case, recompute=False), gradients(case, recompute=True)
+    assert kept.keys() == recomputed.keys()
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.model == "llama"], ids=str)

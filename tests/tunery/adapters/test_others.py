@@ -17,8 +17,11 @@ from transformers import (
 from tunery.adapters.ia3 import Ia3, Ia3Config
 from tunery.adapters.prefix import Prefix, PrefixConfig
 from tunery.adapters.prompt import Prompt, PromptConfig
-from tunery.errors import InvalidConfig
+from tunery.errors import InvalidConfig, UnsupportedCombination
 from tunery.models.shape import shape_of
+from tunery.request import parse_request
+from tunery.resolve import resolve
+from tunery.spec import DataFile
 from tunery.training.types import AdapterRun
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 64}
@@ -118,3 +121,16 @@ def test_a_text_without_tokens_is_refused() -> None:
 def test_contradictions_are_refused(config, settings, message) -> None:
     with pytest.raises(ValidationError, match=message):
         config(**settings)
+
+
+def test_a_prefix_and_recomputed_activations_are_refused_together() -> None:
+    body = {
+        "model": "org/base",
+        "training_file": "file-1",
+        "method": {"type": "supervised", "supervised": {"adapter": {"type": "prefix"}}},
+        "ext": {"compute": {"gradient_checkpointing": True}},
+    }
+    file = DataFile(file_id="file-1", sha256="0" * 64, format="chat", rows=20, size_bytes=900)
+    with pytest.raises(UnsupportedCombination, match="recomputing activations") as caught:
+        resolve(parse_request(body), training=file, seed=1)
+    assert caught.value.param == "ext.compute.gradient_checkpointing"
