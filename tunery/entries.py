@@ -76,6 +76,16 @@ class Hyperparameters(EntryConfig):
     )
     logging_steps: int = Field(1, ge=1, description="Optimizer steps between metric points.")
 
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps made of each batch of rows: several where completions are reused."""
+        return 1
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that a row may have: fewer than an example where a completion is to follow."""
+        return self.max_length
+
 
 class Entry(Protocol):
     """What all shelves share. All attributes are class attributes."""

@@ -149,7 +149,8 @@ def total_steps(config: Any, rows: int) -> int:
     """Optimizer steps of a run over `rows` examples; a last, smaller batch counts."""
     if config.max_steps is not None:
         return int(config.max_steps)
-    return max(1, math.ceil(float(config.n_epochs) * math.ceil(rows / int(config.batch_size))))
+    batches = max(1, math.ceil(float(config.n_epochs) * math.ceil(rows / int(config.batch_size))))
+    return batches * int(config.steps_per_batch)
 
 
 class _Story:
@@ -373,7 +374,7 @@ def _transforms(
     asked = request.ext.transforms
     story.note("transforms", "default" if asked is None else "request")
     if asked is None:
-        templated = training.format in ("chat", "preference", "unpaired_preference")
+        templated = training.format in ("chat", "preference", "unpaired_preference", "prompt")
         asked = ({"type": "chat_template"},) if templated else ()
     uses = []
     read_as: str = training.format

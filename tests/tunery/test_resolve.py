@@ -8,6 +8,7 @@ import pytest
 
 from tunery.entries import ModelShape
 from tunery.errors import AppError, InvalidConfig, UnsupportedCombination
+from tunery.methods.supervised import SupervisedConfig
 from tunery.request import parse_request
 from tunery.resolve import DeviceFacts, Resolved, resolve, total_steps
 from tunery.spec import DataFile, TrainingSpec
@@ -134,8 +135,7 @@ def test_the_seed_of_the_request_wins() -> None:
 
 def test_a_last_smaller_batch_is_a_step() -> None:
     config = resolved(method=method(batch_size=8, n_epochs=2)).spec.method.config
-
-    assert total_steps(type("C", (), config), rows=17) == 6
+    assert total_steps(SupervisedConfig(**config), rows=17) == 6
 
 
 @pytest.mark.parametrize(

@@ -119,10 +119,13 @@ def _preview(path: Path, model: str, show: int, sample: int, settings: list[str]
         transform = catalogue.find("transforms", use.type)
         format = transform.produces(transform.Config.model_validate(use.config), format)
     task = catalogue.find("tasks", spec.task.type)
+    config: Any = catalogue.find("methods", spec.method.type).Config.model_validate(
+        spec.method.config
+    )
     options = EncodeOptions(
         format=format,
-        max_length=spec.method.config["max_length"],
-        train_on=spec.method.config.get("train_on", "assistant"),
+        max_length=config.row_length,
+        train_on=getattr(config, "train_on", "assistant"),
         labels=data.labels,
     )
     lines = itertools.islice(read_rows(path, suffix_of(path), data.format), sample)

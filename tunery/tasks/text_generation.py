@@ -40,7 +40,7 @@ class TextGeneration:
     Config: ClassVar[type[EntryConfig]] = TextGenerationConfig
     example: ClassVar[Mapping[str, Any]] = {"type": "text-generation"}
     formats: ClassVar[frozenset[str]] = frozenset(
-        {"chat", "prompt_completion", "text", "preference", "unpaired_preference"}
+        {"chat", "prompt_completion", "text", "preference", "unpaired_preference", "prompt"}
     )
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     default_metrics: ClassVar[tuple[str, ...]] = ("loss", "token_accuracy")

@@ -44,8 +44,9 @@ def encode_row(
     Raises:
         InvalidData: the row cannot be rendered or tokenised; names the row, quotes nothing.
     """
+    encode = _prompt if options.train_on == "none" else _ENCODERS[options.format]
     try:
-        documents = _ENCODERS[options.format](row, tokenizer, options)
+        documents = encode(row, tokenizer, options)
     except InvalidData as error:
         raise InvalidData(f"row {index}: {error.message}", code=error.code) from error
     target = int(row["label"]) if options.format == "unpaired_preference" else None
@@ -100,6 +101,27 @@ _ENCODERS = {
     "preference": _preference,
     "unpaired_preference": _unpaired,
 }
+
+
+def _prompt(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+) -> tuple[Document, ...]:
+    """What a reply is asked with; a reply that the row itself ends with is left out."""
+    asked = row.get("messages", row.get("prompt"))
+    if isinstance(asked, str):
+        ids, _ = _tokenise(asked, tokenizer)
+        if ids[:1] != [tokenizer.bos_token_id] and _puts_bos(tokenizer):
+            ids = [_bos(tokenizer), *ids]
+    else:
+        messages = [_flat(message) for message in asked or ()]
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        text = _Chat(messages, row, tokenizer, options).render(len(messages), ask=True)
+        ids, _ = _tokenise(text, tokenizer)
+        ids, _ = _one_bos(ids, [0.0] * len(ids), tokenizer.bos_token_id)
+    if not ids:
+        raise InvalidData("the prompt is empty", code="empty_messages")
+    return (_document(ids[-options.max_length :], [0.0] * len(ids), options.max_length),)
 
 
 def _context(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -388,6 +410,22 @@ def _common_prefix(a: str, b: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> tuple[int, ...]:
+    """Tokens that end a reply: the tokenizer's own, and that which its template ends turns with."""
+    found = [] if tokenizer.eos_token_id is None else [_eos(tokenizer)]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if isinstance(tokenizer.chat_template, str | dict):
+        learnt = replace(options, train_on="assistant", max_length=1 << 16, whole=False)
+        try:
+            document = _conversation(turns, {}, tokenizer, learnt)
+        except InvalidData:
+            return tuple(found)  # a template that wants more of a conversation than this
+        said = document.labels[document.labels != IGNORE]
+        if len(said) and int(said[-1]) in _specials(tokenizer):
+            found.append(int(said[-1]))
+    return tuple(dict.fromkeys(found))
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, override: str | None = None) -> str:

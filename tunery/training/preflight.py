@@ -191,7 +191,7 @@ class _Survey:
             yield "bos_missing"
         if self.pad != self.eos and any((d.input_ids == self.pad).any() for d in documents):
             yield "pad_token_in_text"
-        if _speaks(example):
+        if _speaks(example) and self.options.train_on != "none":
             yield from self._kinds_of_trained(documents)
 
     def _kinds_of_trained(self, documents: tuple[Document, ...]) -> Iterator[str]:
@@ -252,7 +252,7 @@ class _Survey:
     def _refusals(self, rows: int) -> Iterator[Finding]:
         if not rows:
             yield _refusal("the file has no rows", "no_trainable_tokens", None)
-        elif self.shares and not self.trained:
+        elif self.shares and not self.trained and self.options.train_on != "none":
             yield _refusal(
                 f"none of the {self.tokens} tokens in {rows} rows would be trained",
                 "no_trainable_tokens",

@@ -423,7 +423,7 @@ class Trainer:
         config = self.entries.config
         return EncodeOptions(
             format=format,
-            max_length=config.max_length,
+            max_length=config.row_length,
             train_on=getattr(config, "train_on", "assistant"),
             labels=file.labels,
             whole=self._regroups is not None,

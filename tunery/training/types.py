@@ -352,7 +352,8 @@ class EncodeOptions:
     Attributes:
         format: of the rows.
         max_length: tokens a document may have; what is over is cut off at the right.
-        train_on: which tokens of a chat or prompt_completion row are supervised.
+        train_on: which tokens of a chat or prompt_completion row are supervised. none: the row is
+            a prompt, encoded up to where the reply begins; of one that is too long the end is kept.
         labels: class names in id order, classification only.
         chat_template: overrides the tokenizer's own; its hash is recorded.
         whole: rows are encoded whole, whatever their length, because a `Regroups` objective makes
@@ -362,7 +363,7 @@ class EncodeOptions:
 
     format: DataFormat
     max_length: int
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: Literal["assistant", "all", "none"] = "assistant"
     labels: tuple[str, ...] | None = None
     chat_template: str | None = None
     whole: bool = False

@@ -98,7 +98,7 @@ class ChatTemplate:
         "system": "You answer support messages as strict JSON.",
     }
     formats: ClassVar[frozenset[str]] = frozenset(
-        {"chat", "preference", "unpaired_preference"}
+        {"chat", "preference", "unpaired_preference", "prompt"}
     )
 
     def produces(self, config: ChatTemplateConfig, format: str) -> str:

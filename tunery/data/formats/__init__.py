@@ -101,7 +101,11 @@ def detect(row: Row) -> Format | Finding:
     if whole:
         names = " and of ".join(form.name for form in whole)
         return Finding("mixed_formats", f"a row with the columns of {names}; keep those of one")
-    near = [form for form in known().values() if any(s & columns for s in form.spellings)]
+    near = [
+        form
+        for form in known().values()
+        if form.fits(columns) is None and any(s & columns for s in form.spellings)
+    ]
     if near:
         return _lacks(min(near, key=lambda form: len(form.lacking(columns))), columns)
     shapes = "; ".join(f"{form.name}: {_spelled(form)}" for form in known().values())

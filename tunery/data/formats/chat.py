@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tunery.data.formats import prompt
 from tunery.data.formats._base import Finding, Format, Row
 from tunery.data.formats._messages import check_messages, check_tools, declared, normal_messages
 
@@ -60,6 +61,7 @@ def _features(row: Row) -> Iterator[str]:
 
 FORMAT = Format(
     name="chat",
+    claims=lambda row: not prompt.FORMAT.claims(row),
     task="text-generation",
     spellings=(frozenset({"messages"}),),
     check=_check,
