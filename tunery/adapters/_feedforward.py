@@ -1,4 +1,4 @@
-"""Where the families' feed-forward sub-layers begin and end."""
+"""Where the families' feed-forward sub-layers begin and end, and where their attention is."""
 
 from __future__ import annotations
 
@@ -43,6 +43,28 @@ _FAMILIES: dict[str, FeedForward] = {
 }
 
 
+_ATTENTION: dict[str, str] = {
+    **dict.fromkeys(_FAMILIES, "self_attn.k_proj"),
+    "phi3": "self_attn.qkv_proj",
+    "gpt2": "attn.c_attn",
+    "gpt_neox": "attention.query_key_value",
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), "attention.self.key"),
+    "distilbert": "attention.k_lin",
+}
+"""Path inside a block of a linear module whose parent is the attention: the one to keys."""
+
+
+def attention_linear(model_type: str) -> str:
+    """The linear module that makes the family's keys.
+
+    Raises:
+        InvalidConfig: a family whose attention is not known.
+    """
+    if model_type not in _ATTENTION:
+        raise _unknown("attention", model_type)
+    return _ATTENTION[model_type]
+
+
 def feedforward_of(model_type: str) -> FeedForward:
     """The family's feed-forward sub-layer.
 
@@ -50,15 +72,19 @@ def feedforward_of(model_type: str) -> FeedForward:
         InvalidConfig: a family whose places are not known.
     """
     if model_type not in _FAMILIES:
-        raise InvalidConfig(
-            f"where the feed-forward of {model_type!r} lies is not known",
-            hint=f"known: {', '.join(sorted(_FAMILIES))}",
-            code="unsupported_architecture",
-            param="type",
-        )
+        raise _unknown("feed-forward", model_type)
     return _FAMILIES[model_type]
 
 
 def last_linears(model: nn.Module, model_type: str) -> list[str]:
     """Targets for PEFT that pick the last linear of each block's feed-forward and nothing else."""
     return paths_by_tail(model, feedforward_of(model_type).last)
+
+
+def _unknown(what: str, model_type: str) -> InvalidConfig:
+    return InvalidConfig(
+        f"where the {what} of {model_type!r} lies is not known",
+        hint=f"known: {', '.join(sorted(_FAMILIES))}",
+        code="unsupported_architecture",
+        param="type",
+    )

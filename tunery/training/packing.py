@@ -15,6 +15,7 @@ import torch
 from tunery.errors import AppError
 from tunery.training.attention import register
 from tunery.training.collate import collate
+from tunery.training.tuners import _prefixed
 from tunery.training.types import Document, Example
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ _LENGTHS = (9, 14, 5)
 
 
 def switch_on(base: Any) -> bool:
-    """Give the model our attention; False where its class does not take one."""
+    """Give the model our attention; False where its class, or its adapter, does not take one."""
     if not getattr(base, "_supports_attention_backend", False):
+        return False
+    if base.config._attn_implementation.startswith(_prefixed.NAME):
         return False
     base.set_attn_implementation(register())
     return True
