@@ -38,6 +38,8 @@ class Limits:
 
     row_bytes: int = 1 << 20
     """About 250,000 tokens of English."""
+    media_bytes: int = 32 << 20
+    """Of sounds and pictures in a row, beside its text."""
     depth: int = 64
     """Of nested objects and lists in a row."""
     integer_digits: int = 100
@@ -110,7 +112,7 @@ def check_text(row: Row) -> int:
     Raises:
         BadRow: half a surrogate pair (`not_utf8`), or a NUL (`wrong_type`).
     """
-    flat = json.dumps(row, ensure_ascii=False, default=str)
+    flat = json.dumps(row, ensure_ascii=False, default=lambda v: "" if _raw(v) else str(v))
     try:
         size = len(flat.encode())
     except UnicodeEncodeError:
@@ -118,6 +120,19 @@ def check_text(row: Row) -> int:
     if "\\u0000" in flat and any("\0" in text for text in _strings(row)):
         raise BadRow("wrong_type", "a string holds the NUL character")
     return size
+
+
+def _raw(value: Any) -> bool:
+    return isinstance(value, bytes)
+
+
+def _media_bytes(value: Any) -> int:
+    """Bytes in a value that are no text."""
+    if isinstance(value, dict):
+        return sum(map(_media_bytes, value.values()))
+    if isinstance(value, list):
+        return sum(map(_media_bytes, value))
+    return len(value) if _raw(value) else 0
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -445,6 +460,8 @@ def _parquet_row(row: Row, limits: Limits) -> Row | BadRow:
         return bad
     if size > limits.row_bytes:
         return BadRow("too_long", f"a row of more than {limits.row_bytes} bytes")
+    if _media_bytes(row) > limits.media_bytes:
+        return BadRow("too_long", f"sounds or pictures of more than {limits.media_bytes} bytes")
     return row
 
 

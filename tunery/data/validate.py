@@ -259,9 +259,13 @@ _SALT = secrets.token_bytes(16)
 def digest(row: Row, form: Format) -> int:
     """64 bits of what a normal row teaches; never 0, and another number in each process."""
     content = {key: row.get(key) for key in form.content}
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=_short)
     short = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, salt=_SALT).digest()
     return int.from_bytes(short) or 1
+
+
+def _short(value: Any) -> str:
+    return hashlib.blake2b(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 class Digests:

@@ -61,7 +61,8 @@ class TokenLossComputer:
     def __init__(self, base: Any, policy: HeadPolicy | None = None) -> None:
         self.policy = policy or HeadPolicy()
         self._found: nn.Module | None = base.get_output_embeddings()
-        self._vocabulary = int(base.config.get_text_config().vocab_size)
+        # A model that sees or hears has no vocabulary.
+        self._vocabulary = int(getattr(base.config.get_text_config(), "vocab_size", 0))
         self._chunkable = _can_chunk(self._found, base.config)
         self.used: set[str] = set()
         """Heads that have been run: plain, chunked."""

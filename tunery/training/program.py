@@ -48,6 +48,7 @@ from tunery.training.types import (
     EncodeOptions,
     FurtherModel,
     MethodRun,
+    Prepares,
     Regroups,
     examples_of,
 )
@@ -195,7 +196,8 @@ class Trainer:
         engine.start(self.device)
         entries = self.entries = self._entries()
         self.task = entries.task.runtime(entries.task_config)
-        self.tokenizer = load_tokenizer(Path(self.order.base_model_path))
+        loads = self.task.load_tokenizer if isinstance(self.task, Prepares) else load_tokenizer
+        self.tokenizer = loads(Path(self.order.base_model_path))
         self.model = self._model()
         self.base = base_of(self.model)
         self.losses = TokenLossComputer(self.base, self._head_policy())

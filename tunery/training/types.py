@@ -375,6 +375,19 @@ class EncodeOptions:
         return None if self.whole else self.max_length
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """A `TaskRuntime` whose inputs are not, or not only, text."""
+
+    def load_tokenizer(self, path: Path) -> PreTrainedTokenizerBase:
+        """What stands for the tokenizer, from the base model's folder; called before all else.
+
+        Raises:
+            tunery.errors.BaseModelUnavailable: the folder does not say how inputs are prepared.
+        """
+        ...
+
+
 def examples_of(encoded: Example | Sequence[Example]) -> Sequence[Example]:
     """What `TaskRuntime.encode` made of one row, one or several."""
     return (encoded,) if isinstance(encoded, Example) else encoded

@@ -9,6 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -20,7 +23,13 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tunery import catalogue
 from tunery.training.checkpoint import export_writer
@@ -99,6 +108,44 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         torch.manual_seed(0)
         make().save_pretrained(root / name)
         make_tokenizer().save_pretrained(root / name)
+    return {name: root / name for name in made} | _perceiving(root)
+
+
+def _perceiving(root: Path) -> dict[str, Path]:
+    """Models that see and hear, with how their inputs are prepared."""
+    halves = {
+        name: SIZES[name] for name in SIZES if name not in ("vocab_size", "max_position_embeddings")
+    }
+    convolutions = {"conv_dim": (16, 16), "conv_kernel": (10, 8), "conv_stride": (8, 8)}
+    spectrogram = {"num_mel_bins": 16, "max_length": 40}
+    made: dict[str, Any] = {
+        "vit": (
+            lambda: ViTModel(ViTConfig(**halves, image_size=16, patch_size=8)),
+            ViTImageProcessorPil(size={"height": 16, "width": 16}),
+        ),
+        "ast": (
+            lambda: ASTModel(ASTConfig(**halves, **spectrogram, patch_size=8)),
+            ASTFeatureExtractor(**spectrogram),
+        ),
+        "wav2vec2": (
+            lambda: Wav2Vec2Model(
+                Wav2Vec2Config(
+                    **halves,
+                    **convolutions,
+                    num_feat_extract_layers=2,
+                    num_conv_pos_embeddings=4,
+                    num_conv_pos_embedding_groups=2,
+                    apply_spec_augment=False,
+                    layerdrop=0.0,
+                )
+            ),
+            Wav2Vec2FeatureExtractor(),
+        ),
+    }
+    for name, (make, preparer) in made.items():
+        torch.manual_seed(0)
+        make().save_pretrained(root / name)
+        preparer.save_pretrained(root / name)
     return {name: root / name for name in made}
 
 

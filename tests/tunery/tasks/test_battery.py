@@ -5,6 +5,7 @@ A new task needs rows here, and nothing else.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 from peft import PeftModel
 
+from tests.tunery.tasks.media import square, tone
 from tunery import catalogue
 from tunery.cli.local_data import describe
 from tunery.data import formats
@@ -27,8 +29,9 @@ from tunery.training.card import AUTO_CLASS
 from tunery.training.control import StopFlag
 from tunery.training.losses import TokenLossComputer
 from tunery.training.preview import transformed
+from tunery.training.program import load_tokenizer
 from tunery.training.protocol import EXIT_DONE, EXIT_STOPPED, RunOrder
-from tunery.training.types import EncodeOptions, MethodRun, examples_of
+from tunery.training.types import EncodeOptions, MethodRun, Prepares, examples_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +62,24 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "reward-modeling": [{"prompt": "who", "chosen": w, "rejected": w + " bad"} for w in WORDS],
     "sentence-embedding": [{"anchor": f"who is {w}", "positive": w} for w in WORDS],
 }
-FAMILY = {"text-generation": "llama", "sequence-to-sequence": "bart"}
+for kind, column, files in (
+    ("audio", "audio", [tone(200 * (i + 1), 0.1) for i in range(8)]),
+    ("image", "image", [square(30 * i) for i in range(8)]),
+):
+    ROWS[f"{kind}-classification"] = [
+        {column: base64.b64encode(data).decode(), "label": "high" if i > 3 else "low"}
+        for i, data in enumerate(files)
+    ]
+FAMILY = {
+    "text-generation": "llama",
+    "sequence-to-sequence": "bart",
+    "audio-classification": "ast",
+    "image-classification": "vit",
+}
+OTHER_CLASSES = {
+    "audio-classification": "AutoModelForAudioClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
 METHOD = {"sentence-embedding": "contrastive", "reward-modeling": "reward"}
 CHATML = [{"type": "chat_template", "name": "chatml"}]
 SETTINGS = {"max_steps": 4, "batch_size": 4, "learning_rate": 5e-3, "max_length": 48}
@@ -144,11 +164,13 @@ class Request:
         task = catalogue.find("tasks", self.name)
         runtime = task.runtime(task.Config.model_validate(self.spec.task.config))
         runtime.load_model(self.base, dtype=torch.float32, labels=self.spec.data.training.labels)
-        auto = getattr(transformers, AUTO_CLASS[str(runtime.peft_task_type)])
+        known = OTHER_CLASSES.get(self.name) or AUTO_CLASS[str(runtime.peft_task_type)]
+        auto = getattr(transformers, known)
         about = {} if self.name == "text-generation" else {"config": _config(export)}
         base = auto.from_pretrained(self.base, **about)
         model = PeftModel.from_pretrained(base, export).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+        prepares = isinstance(runtime, Prepares)
+        tokenizer = runtime.load_tokenizer(export) if prepares else load_tokenizer(export)
         options = EncodeOptions(
             format=self.spec.data.training.format,
             max_length=SETTINGS["max_length"],
