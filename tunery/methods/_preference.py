@@ -21,42 +21,60 @@ EXAMPLE_ROW: Mapping[str, Any] = {
 }
 
 
-def check_pair(example: Example) -> None:
-    """Let a pair of replies pass.
+def pair_units(example: Example) -> float:
+    """1; 0 for a pair of which a reply is empty, cut off by `max_length`: nothing can be compared.
 
     Raises:
-        InvalidConfig: the example is not one.
+        InvalidConfig: the example is not a pair.
     """
     if len(example.documents) != 2:
         raise InvalidConfig(f"row {example.index} is not a pair of replies")
+    return float(all(document.weighted for document in example.documents))
 
 
 def chosen_tokens(examples: Iterable[Example]) -> tuple[int, int]:
-    """Number of pairs, and of supervised tokens of their preferred replies."""
-    counts = [example.documents[0].supervised for example in examples]
+    """Number of whole pairs, and of supervised tokens of their preferred replies."""
+    counts = [example.documents[0].supervised for example in examples if pair_units(example)]
     return len(counts), sum(counts)
 
 
+def whole(batch: Batch) -> Tensor:
+    """bool (E,): which pairs have both replies, as `pair_units` has it."""
+    return (_weights(batch)[1].view(-1, 2) > 0).all(dim=1)
+
+
 def of_chosen(batch: Batch) -> Tensor:
-    """bool (S,): which supervised tokens are those of preferred replies."""
-    return batch.target_documents % 2 == 0
+    """bool (S,): which supervised tokens are those of preferred replies, of whole pairs."""
+    return (batch.target_documents % 2 == 0) & whole(batch)[batch.target_documents // 2]
 
 
 def mean_logps(nll_S: Tensor, batch: Batch) -> Tensor:
     """Mean log-probability of the tokens of both replies, each by its weight: float32 (E, 2)."""
+    from tunery.training.types import document_sums
+
+    weights_S, weights_D = _weights(batch)
+    return (document_sums(batch, -nll_S * weights_S) / weights_D.clamp(min=1e-9)).view(-1, 2)
+
+
+def _weights(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of the supervised tokens, (S,), and their sums over documents, (D,); float32."""
     import torch
 
     from tunery.training.types import document_sums
 
-    weights_S = torch.ones_like(nll_S) if batch.target_weights is None else batch.target_weights
-    sums_D = document_sums(batch, -nll_S * weights_S)
-    return (sums_D / document_sums(batch, weights_S).clamp(min=1e-9)).view(-1, 2)
+    weights_S = batch.target_weights
+    if weights_S is None:
+        weights_S = torch.ones_like(batch.target_ids, dtype=torch.float32)
+    return weights_S, document_sums(batch, weights_S)
 
 
-def pair_sums(chosen_B: Tensor, rejected_B: Tensor, beta: float, **logps: Tensor) -> Sums:
+def pair_sums(
+    whole_B: Tensor, chosen_B: Tensor, rejected_B: Tensor, beta: float, **logps: Tensor
+) -> Sums:
     """TRL's metrics of B pairs.
 
     Args:
+        whole_B: which of them count.
         chosen_B, rejected_B: log-probabilities, or ratios of them, that make rewards by `beta`.
         logps: further values to take the mean of, (B,), by the end of their names.
     """
@@ -68,8 +86,7 @@ def pair_sums(chosen_B: Tensor, rejected_B: Tensor, beta: float, **logps: Tensor
         "rewards/accuracies": (good > bad).float(),
         **{f"logps/{name}": value.detach() for name, value in logps.items()},
     }
-    count = good.new_full((), len(good))
-    return {name: (value.sum(), count) for name, value in values.items()}
+    return {name: ((value * whole_B).sum(), whole_B.sum()) for name, value in values.items()}
 
 
 class Reference:

@@ -174,13 +174,12 @@ class _Preference:
         """Pairs, and tokens of preferred replies, of the whole step."""
 
     def units(self, example: Example) -> float:
-        """One: the loss is the mean over pairs.
+        """One for each pair of two replies: the loss is the mean over them.
 
         Raises:
             InvalidConfig: the example is not a pair.
         """
-        _preference.check_pair(example)
-        return 1.0
+        return _preference.pair_units(example)
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Turn dropout off, and remember the reference's scores if that is how it goes."""
@@ -200,6 +199,7 @@ class _Preference:
         tokens = self._run.token_losses(model, batch)
         chosen, rejected = _pairs(tokens, batch).unbind(1)
         ref_chosen, ref_rejected = self._reference(model, batch).unbind(1)
+        whole = _preference.whole(batch)
         total = chosen.new_zeros(())
         for name, weight in self._config.losses.items():
             if name == "sft":
@@ -215,8 +215,9 @@ class _Preference:
                 loss_type=name,
                 tokens_B2=batch.document_tokens().view(-1, 2),
             )
-            total = total + weight * losses.sum()
+            total = total + weight * (losses * whole).sum()
         sums = _preference.pair_sums(
+            whole,
             chosen - ref_chosen,
             rejected - ref_rejected,
             self._config.beta,
@@ -228,7 +229,7 @@ class _Preference:
     def _likelihood(self, tokens: TokenLosses, batch: Batch) -> Tensor:
         """The batch's part of the step's mean over tokens, times its pairs: the loop divides."""
         pairs, count = self._step
-        return tokens.nll[_preference.of_chosen(batch)].sum() * (pairs / max(count, 1))
+        return (tokens.nll * _preference.of_chosen(batch)).sum() * (pairs / max(count, 1))
 
 
 def _pairs(tokens: TokenLosses, batch: Batch) -> Tensor:

@@ -141,7 +141,7 @@ class _Prospects:
         self._divergence = 0.0
 
     def units(self, example: Example) -> float:
-        """Replies: the loss is their mean.
+        """Replies that have tokens: the loss is their mean.
 
         Raises:
             InvalidConfig: the example is neither a pair nor a reply with a label.
@@ -149,7 +149,7 @@ class _Prospects:
         replies = len(example.documents)
         if replies != (2 if example.target is None else 1):
             raise InvalidConfig(f"row {example.index} is neither a marked reply nor a pair")
-        return float(replies)
+        return float(sum(document.supervised > 0 for document in example.documents))
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Turn dropout off, and keep a copy of the model where it cannot be had back later."""
@@ -162,7 +162,8 @@ class _Prospects:
         if self._config.loss_type != "kto":
             return ()
         documents = [document for example in examples for document in example.documents]
-        return mismatched(documents, self._config.max_length)
+        spoken = [document for document in documents if document.supervised]
+        return mismatched(spoken, self._config.max_length)
 
     def answers(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of their ratios, and their number."""
@@ -185,20 +186,20 @@ class _Prospects:
         config = self._config
         logps_D = self._run.token_losses(model, batch).document_logprobs(batch)
         ratio_D = logps_D - self._untrained(model, batch)
-        wanted_D = _wanted(batch)
+        wanted_D, spoken_D = _wanted(batch), batch.document_tokens() > 0
         losses_D = kto_loss(ratio_D, wanted_D, self._divergence, config.beta)
         weight_D = torch.where(wanted_D, config.desirable_weight, config.undesirable_weight)
         with torch.no_grad():
-            kinds = {"chosen": wanted_D.float(), "rejected": (~wanted_D).float()}
+            kinds = {"chosen": wanted_D & spoken_D, "rejected": ~wanted_D & spoken_D}
             values = {"rewards": config.beta * ratio_D, "logps": logps_D}
             sums = {
                 f"{value}/{kind}": ((values[value] * share).sum(), share.sum())
                 for value in values
                 for kind, share in kinds.items()
             }
-            count = ratio_D.new_full((), len(ratio_D))
+            count = spoken_D.sum()
             sums["kl"] = (count * self._divergence, count)
-        return LossOutput(loss=(weight_D * losses_D).sum(), sums=sums)
+        return LossOutput(loss=(weight_D * losses_D * spoken_D).sum(), sums=sums)
 
 
 def _wanted(batch: Batch) -> Tensor:

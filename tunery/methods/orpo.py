@@ -64,9 +64,10 @@ ENTRY: type[Method] = Orpo
 
 
 def log_odds(mean_logp_B: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(x), x below 0; exact where p is near 0 and near 1."""
+    """log(p / (1 - p)) of p = exp(x); exact where p is near 0 and near 1, and bounded there."""
     import torch
 
+    mean_logp_B = mean_logp_B.clamp(max=-1e-7)
     likely = mean_logp_B > -math.log(2)
     # Each branch sees harmless numbers where the other one is taken: no NaN in its gradient.
     high = torch.where(likely, mean_logp_B, -1.0)
@@ -86,13 +87,12 @@ class _Odds:
         """Pairs, and tokens that the likelihood is a mean over, of the whole step."""
 
     def units(self, example: Example) -> float:
-        """One: the odds ratio is a mean over pairs.
+        """One for each pair of two replies: the loss is the mean over them.
 
         Raises:
             InvalidConfig: the example is not a pair.
         """
-        _preference.check_pair(example)
-        return 1.0
+        return _preference.pair_units(example)
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Turn dropout off; there is no reference."""
@@ -114,16 +114,18 @@ class _Odds:
         chosen, rejected = mean_B2.unbind(1)
         odds_B = log_odds(chosen) - log_odds(rejected)
         ratio_B = functional.logsigmoid(odds_B)
-        nll = tokens.nll[_preference.of_chosen(batch)]
+        whole_B = _preference.whole(batch)
+        chosen_S = _preference.of_chosen(batch)
+        nll_S = tokens.nll * chosen_S
         pairs, count = self._step
-        loss = nll.sum() * (pairs / max(count, 1)) - self._config.beta * ratio_B.sum()
+        loss = nll_S.sum() * (pairs / max(count, 1)) - self._config.beta * (ratio_B * whole_B).sum()
         sums = _preference.pair_sums(
-            chosen, rejected, self._config.beta, chosen=chosen, rejected=rejected
+            whole_B, chosen, rejected, self._config.beta, chosen=chosen, rejected=rejected
         )
-        number = ratio_B.new_full((), len(ratio_B))
+        number = whole_B.sum()
         sums |= {
-            "nll_loss": (nll.detach().sum(), nll.new_full((), len(nll))),
-            "log_odds_ratio": (ratio_B.detach().sum(), number),
-            "log_odds_chosen": (odds_B.detach().sum(), number),
+            "nll_loss": (nll_S.detach().sum(), chosen_S.sum()),
+            "log_odds_ratio": ((ratio_B.detach() * whole_B).sum(), number),
+            "log_odds_chosen": ((odds_B.detach() * whole_B).sum(), number),
         }
         return LossOutput(loss=loss, sums=sums)

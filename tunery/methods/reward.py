@@ -72,13 +72,12 @@ class _Comparison:
         self._task: Any = run.task
 
     def units(self, example: Example) -> float:
-        """One: the loss is the mean over pairs.
+        """One for each pair of two replies: the loss is the mean over them.
 
         Raises:
             InvalidConfig: the example is not a pair.
         """
-        _preference.check_pair(example)
-        return 1.0
+        return _preference.pair_units(example)
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Turn dropout off; there is no reference."""
@@ -90,12 +89,13 @@ class _Comparison:
         from tunery.training.types import LossOutput
 
         scores_E2 = self._task.scores(model, batch)
-        loss = bradley_terry(scores_E2, batch.targets).sum()
+        whole_E = _preference.whole(batch)
+        loss = (bradley_terry(scores_E2, batch.targets) * whole_E).sum()
         if self._config.center_rewards_coefficient:
-            squares = scores_E2.sum(dim=1).square().sum()
+            squares = (scores_E2.sum(dim=1).square() * whole_E).sum()
             loss = loss + self._config.center_rewards_coefficient * squares
         return LossOutput(
             loss=loss,
-            sums=score_sums(scores_E2),
+            sums=score_sums(scores_E2, whole_E),
             outcomes={} if model.training else {"scores": scores_E2},
         )

@@ -96,13 +96,12 @@ class _Margins:
         """Pairs, and tokens of preferred replies, of the whole step."""
 
     def units(self, example: Example) -> float:
-        """One: the loss is the mean over pairs.
+        """One for each pair of two replies: the loss is the mean over them.
 
         Raises:
             InvalidConfig: the example is not a pair.
         """
-        _preference.check_pair(example)
-        return 1.0
+        return _preference.pair_units(example)
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Turn dropout off; there is no reference."""
@@ -121,19 +120,22 @@ class _Margins:
         config = self._config
         tokens = self._run.token_losses(model, batch)
         chosen, rejected = _preference.mean_logps(tokens.nll, batch).unbind(1)
-        loss = simpo_loss(
+        whole = _preference.whole(batch)
+        losses = simpo_loss(
             chosen,
             rejected,
             beta=config.beta,
             gamma=config.simpo_gamma,
             label_smoothing=config.label_smoothing,
-        ).sum()
+        )
+        loss = (losses * whole).sum()
         sums = _preference.pair_sums(
-            chosen, rejected, config.beta, chosen=chosen, rejected=rejected
+            whole, chosen, rejected, config.beta, chosen=chosen, rejected=rejected
         )
         if config.cpo_alpha:
-            nll = tokens.nll[_preference.of_chosen(batch)]
+            chosen_S = _preference.of_chosen(batch)
+            nll_S = tokens.nll * chosen_S
             pairs, count = self._step
-            loss = loss + config.cpo_alpha * nll.sum() * (pairs / max(count, 1))
-            sums["nll_loss"] = (nll.detach().sum(), nll.new_full((), len(nll)))
+            loss = loss + config.cpo_alpha * nll_S.sum() * (pairs / max(count, 1))
+            sums["nll_loss"] = (nll_S.detach().sum(), chosen_S.sum())
         return LossOutput(loss=loss, sums=sums)

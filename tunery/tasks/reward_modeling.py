@@ -131,15 +131,16 @@ def bradley_terry(scores_E2: Tensor, margin_E: Tensor | None = None) -> Tensor:
     return -functional.logsigmoid(lead_E if margin_E is None else lead_E - margin_E)
 
 
-def score_sums(scores_E2: Tensor) -> Sums:
-    """TRL's metrics of scored pairs."""
+def score_sums(scores_E2: Tensor, counts_E: Tensor | None = None) -> Sums:
+    """TRL's metrics of scored pairs: of all, or of those that count."""
     chosen, rejected = scores_E2.detach().unbind(1)
-    count = chosen.new_full((), len(chosen))
-    return {
-        "accuracy": ((chosen > rejected).float().sum(), count),
-        "margin": ((chosen - rejected).sum(), count),
-        "mean_reward": (scores_E2.detach().sum() / 2, count),
+    weight_E = chosen.new_ones(len(chosen)) if counts_E is None else counts_E.float()
+    values = {
+        "accuracy": (chosen > rejected).float(),
+        "margin": chosen - rejected,
+        "mean_reward": (chosen + rejected) / 2,
     }
+    return {name: ((value * weight_E).sum(), weight_E.sum()) for name, value in values.items()}
 
 
 ENTRY: type[Task] = RewardModeling
