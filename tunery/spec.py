@@ -14,7 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunery.entries import DataFormat
 
-Strategy = Literal["single", "ddp", "deepspeed_zero0", "deepspeed_zero2", "deepspeed_zero3"]
+Strategy = Literal[
+    "single",
+    "ddp",
+    "fsdp",
+    "deepspeed_zero0",
+    "deepspeed_zero1",
+    "deepspeed_zero2",
+    "deepspeed_zero3",
+]
+Offload = Literal["none", "optimizer", "parameters"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -64,6 +73,7 @@ class Compute(_Frozen):
     gpus: int = Field(1, ge=1, description="Ranks per node; processes on a machine without GPUs.")
     nodes: int = Field(1, ge=1)
     strategy: Strategy = "single"
+    offload: Offload = Field("none", description="What waits in the host's memory.")
     precision: Precision = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_checkpointing: bool = False

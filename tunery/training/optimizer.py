@@ -154,8 +154,11 @@ class Optimizer:
                 slot.parameter.grad = torch.zeros_like(slot.parameter)
         return [slot.parameter.grad for slot in self._slots if slot.parameter.grad is not None]
 
-    def step(self) -> Tensor:
+    def step(self, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Clip, update at the schedule's rate, drop the gradients.
+
+        Args:
+            total: from the norm of these gradients, that of all of which they are a part.
 
         Returns:
             The gradients' global L2 norm before clipping: float32 scalar on the device.
@@ -165,7 +168,7 @@ class Optimizer:
             leaf.grad = gradient
         if hook is not None:
             hook.before_clip(self._named_gradients())
-        norm = _clip(self._leaves, self.settings.max_grad_norm)
+        norm = _clip(self._leaves, self.settings.max_grad_norm, total)
         if hook is not None:
             hook.after_clip(self._named_gradients(), self._steps)
         for group in self.adamw.param_groups:
@@ -285,11 +288,15 @@ def alike(
     return dict(sorted(found.items()))
 
 
-def _clip(leaves: list[nn.Parameter], max_norm: float) -> Tensor:
+def _clip(
+    leaves: list[nn.Parameter], max_norm: float, total: Callable[[Tensor], Tensor] | None
+) -> Tensor:
     """Scale the gradients to `max_norm` at most (0: leave them); returns the norm before."""
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
     norms = [torch.linalg.vector_norm(grad) for grad in grads]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    if total is not None:
+        norm = total(norm)
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:

@@ -1,7 +1,7 @@
 """How ranks cooperate: one module per engine, found by the strategies it names.
 
 A module here has `STRATEGIES`, the values of `ext.compute.strategy` that it serves, and
-`make(strategy) -> Engine`.
+`make(strategy, offload) -> Engine`; `tunery.placement` says what each can offload.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class Engine(Protocol):
     even: bool
     """Whether forward and backward passes talk to the other ranks, so that each rank has to run
     equally many."""
+    places_model: bool
+    """Whether `prepare` wants the model on the host and moves it to the device itself, because one
+    device may not hold all of it."""
     model: nn.Module
     """After `prepare`: what objectives call."""
 
@@ -45,7 +48,8 @@ class Engine(Protocol):
         ...
 
     def prepare(self, model: nn.Module, settings: OptimizerSettings) -> None:
-        """Take charge of a model that is on its device, its trained parameters marked."""
+        """Take charge of a model, its trained parameters marked; on its device, unless this engine
+        places it."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -110,8 +114,11 @@ class Engine(Protocol):
         ...
 
 
-def engine_for(strategy: str) -> Engine:
+def engine_for(strategy: str, offload: str = "none") -> Engine:
     """A fresh engine.
+
+    Args:
+        offload: what waits in the host's memory: none, optimizer or parameters.
 
     Raises:
         NotSupported: no module here serves the strategy.
@@ -120,7 +127,7 @@ def engine_for(strategy: str) -> Engine:
     for found in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{found.name}")
         if strategy in module.STRATEGIES:
-            engine: Engine = module.make(strategy)
+            engine: Engine = module.make(strategy, offload)
             return engine
         known += module.STRATEGIES
     raise NotSupported(

@@ -81,5 +81,5 @@ class DdpEngine(SingleEngine):
             dist.destroy_process_group()
 
 
-def make(strategy: str) -> DdpEngine:
+def make(strategy: str, offload: str) -> DdpEngine:
     return DdpEngine()

@@ -1,8 +1,10 @@
-"""DeepSpeed's ZeRO: stage 0 is data parallelism, 2 divides optimizer and gradients, 3 also weights.
+"""DeepSpeed's ZeRO: 0 divides nothing, 1 the optimizer, 2 gradients too, 3 also weights.
 
-The optimizer stays torch's AdamW: DeepSpeed's own for CPUs is compiled at first use, for over a
-minute. Resume files are those of the other engines, whole tensors by parameter name, so that a run
-may be resumed by another strategy or number of ranks, and reading one never runs a pickle.
+The optimizer stays torch's AdamW, on the host too: DeepSpeed's own for CPUs is compiled at first
+use, for over a minute. Resume files are those of the other engines, whole tensors by parameter
+name, so that a run may be resumed by another strategy or number of ranks, and reading one never
+runs a pickle. A device has to hold the whole model while it is loaded, at stage 3 too; fsdp needs
+no such room. On CPUs offloading changes where nothing lies: two ranks show only that it trains.
 """
 
 from __future__ import annotations
@@ -27,17 +29,22 @@ if TYPE_CHECKING:
 
     from tunery.training.optimizer import OptimizerSettings
 
-STRATEGIES = frozenset({"deepspeed_zero0", "deepspeed_zero2", "deepspeed_zero3"})
+STRATEGIES = frozenset(f"deepspeed_zero{stage}" for stage in range(4))
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine(DdpEngine):
-    """ZeRO of one stage. Forward and backward passes talk to the other ranks."""
+    """ZeRO of one stage. Forward and backward passes talk to the other ranks.
+
+    Args:
+        offload: what waits in the host's memory. optimizer: masters and moments, which are updated
+            there; parameters: those, and the divided weights of stage 3.
+    """
 
     even = True
 
-    def __init__(self, stage: int) -> None:
-        self._stage = stage
+    def __init__(self, stage: int, offload: str = "none") -> None:
+        self._stage, self._offload = stage, offload
 
     def start(self, device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -113,6 +120,8 @@ class ZeroEngine(DdpEngine):
         ]
 
     def _config(self, half: bool) -> dict[str, Any]:
+        cuda = self._device.type == "cuda"
+        host = {"device": "cpu", "pin_memory": cuda}
         return {
             # Ranks and micro-batches are the loop's business: it hands over losses that add up.
             "train_micro_batch_size_per_gpu": 1,
@@ -120,7 +129,9 @@ class ZeroEngine(DdpEngine):
             "gradient_clipping": self.settings.max_grad_norm,
             "zero_optimization": {
                 "stage": self._stage,
-                "overlap_comm": self._device.type == "cuda",
+                "overlap_comm": cuda,
+                **({"offload_optimizer": host} if self._offload != "none" else {}),
+                **({"offload_param": host} if self._offload == "parameters" else {}),
             },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -132,7 +143,7 @@ class ZeroEngine(DdpEngine):
         """What AdamW updates: float32, this rank's part of it."""
         if self._stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        if self._stage == 2:
+        if self._stage:
             return list(self._engine.optimizer.single_partition_of_fp32_groups)
         return list(self._trained.values())
 
@@ -143,7 +154,7 @@ class ZeroEngine(DdpEngine):
                 "step": torch.zeros((), dtype=torch.float32),
                 **{name: torch.zeros_like(master) for name in _MOMENTS},
             }
-        if self._stage == 2:
+        if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     # Steps
@@ -242,7 +253,7 @@ class ZeroEngine(DdpEngine):
     def _set_value(self, parameter: nn.Parameter, value: Tensor) -> None:
         if self._stage < 3:
             parameter.copy_(value)
-            if self._stage == 2:
+            if self._stage:
                 from deepspeed.utils import safe_set_full_fp32_param
 
                 safe_set_full_fp32_param(parameter, value.to(parameter.device))
@@ -258,7 +269,7 @@ class ZeroEngine(DdpEngine):
     def _set_moment(self, parameter: nn.Parameter, part: str, value: Tensor) -> None:
         if self._stage == 0:
             self._adamw.state[parameter][part].copy_(value)
-        elif self._stage == 2:
+        elif self._stage < 3:
             from deepspeed.utils import safe_set_full_optimizer_state
 
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), part)
@@ -301,5 +312,5 @@ def _half(model: nn.Module) -> bool:
     return any(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
-def make(strategy: str) -> ZeroEngine:
-    return ZeroEngine(int(strategy[-1]))
+def make(strategy: str, offload: str) -> ZeroEngine:
+    return ZeroEngine(int(strategy[-1]), offload)
