@@ -31,11 +31,28 @@ class ComputeRequest(_Strict):
     )
     nodes: int = Field(1, ge=1, le=64, description="Hosts that train the job together.")
     strategy: Literal[
-        "auto", "single", "ddp", "deepspeed_zero0", "deepspeed_zero2", "deepspeed_zero3"
-    ] = Field("auto", description="How ranks cooperate.")
+        "auto",
+        "single",
+        "ddp",
+        "fsdp",
+        "deepspeed_zero0",
+        "deepspeed_zero1",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+    ] = Field(
+        "auto",
+        description="How ranks cooperate; auto: ddp where the model fits each device, else fsdp.",
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="What waits in the host's memory: less of the device's, and slower. fsdp and "
+        "deepspeed_zero3 offload parameters, deepspeed_zero2 and deepspeed_zero3 the optimizer.",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of the forward pass.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more work."
+    gradient_checkpointing: bool | Auto = Field(
+        "auto",
+        description="Recompute activations in the backward pass: less memory, more work; auto: "
+        "only where the device's memory demands it.",
     )
     micro_batch_tokens: Annotated[int, Field(ge=8, le=2**31 - 1)] | Auto = Field(
         "auto", description="Tokens that one rank holds at once; memory, not mathematics."

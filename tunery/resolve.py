@@ -15,6 +15,7 @@ from tunery.data import formats
 from tunery.data.formats import sorted_labels
 from tunery.entries import InCache, Loads, NeedsModels
 from tunery.errors import InvalidConfig, UnsupportedCombination
+from tunery.placement import load_of, memory_needed, place
 from tunery.request import unknown_key, validated
 from tunery.spec import (
     BaseModelRef,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from tunery.catalogue import Shelf
     from tunery.entries import Adapter, EntryConfig, Method, ModelShape, Task
+    from tunery.placement import Load
     from tunery.request import JobRequest
     from tunery.spec import DataFile
 
@@ -48,6 +50,7 @@ class DeviceFacts:
 
     kind: Literal["cpu", "cuda"] = "cpu"
     memory_bytes: int | None = None
+    """Of one device; a CPU's is the host's."""
     bf16: bool = False
     flops_per_s: float = 5e10
     """Sustained, of one device; the default is one CPU core's worth of fp32."""
@@ -105,7 +108,10 @@ def resolve(
     _check_test(request, training, test)
     settings = _Settings(request, method, adapter.entry, training, shape)
     config, multiplier = settings.resolve(story)
-    compute = _compute(request, devices, story)
+    load = load_of(adapter.entry, adapter.config, shape, getattr(config, "max_length", 0))
+    compute = place(
+        request.ext.compute, adapter.entry, load, devices, note=story.note, warn=story.warn
+    )
     _check_strategy(request, adapter.entry, compute)
     steps = total_steps(config, training.rows)
     spec = TrainingSpec(
@@ -132,7 +138,7 @@ def resolve(
         spec=spec,
         sources=story.sources,
         warnings=story.warnings,
-        estimate=_estimate(spec, config, steps, adapter, shape, devices or DeviceFacts()),
+        estimate=_estimate(spec, config, steps, load, devices or DeviceFacts()),
         hyperparameters={**shown, "learning_rate_multiplier": multiplier},
     )
 
@@ -436,39 +442,6 @@ def _data(
     )
 
 
-def _compute(request: JobRequest, devices: DeviceFacts | None, story: _Story) -> Compute:
-    asked = request.ext.compute
-    world = asked.gpus * asked.nodes
-    strategy = asked.strategy
-    if strategy == "auto":
-        strategy = "single" if world == 1 else "ddp"
-        story.note("compute.strategy", f"auto: {world} rank{'s' if world > 1 else ''}")
-    elif strategy == "single" and world > 1:
-        raise UnsupportedCombination(
-            f"strategy 'single' trains on one device and {world} are asked for",
-            hint="use ddp, deepspeed_zero2, deepspeed_zero3 or auto",
-            param="ext.compute.strategy",
-        )
-    kind = devices.kind if devices else "auto"
-    precision = asked.precision
-    if precision == "auto":
-        precision = "bf16" if devices and devices.bf16 else "fp32"
-        story.note("compute.precision", f"auto: {kind} device")
-    budget = asked.micro_batch_tokens
-    if budget == "auto":
-        budget = 16_384 if kind == "cuda" else 4_096
-        story.note("compute.micro_batch_tokens", f"auto: {kind} device")
-    return Compute(
-        gpus=asked.gpus,
-        nodes=asked.nodes,
-        strategy=strategy,
-        precision=precision,
-        device=kind,
-        gradient_checkpointing=asked.gradient_checkpointing,
-        micro_batch_tokens=budget,
-    )
-
-
 def _check_strategy(request: JobRequest, adapter: Adapter, compute: Compute) -> None:
     path = "ext.compute.strategy"
     if isinstance(adapter, InCache) and compute.gradient_checkpointing:
@@ -553,35 +526,27 @@ def _estimate(
     spec: TrainingSpec,
     config: Any,
     steps: int,
-    adapter: _Choice,
-    shape: ModelShape | None,
+    load: Load | None,
     devices: DeviceFacts,
 ) -> dict[str, Any]:
     """Steps, tokens, memory and time before anything runs, with the basis said.
 
     FLOPs per token are 4N for an adapter on frozen weights (no weight gradient) and 6N for full
-    training; time is given as a range, because the device's sustained rate is assumed.
+    training, and 2N more where activations are recomputed; time is given as a range, because the
+    device's sustained rate is assumed.
     """
     examples = steps * min(config.batch_size, spec.data.training.rows)
     per_row = spec.data.training.size_bytes / max(1, spec.data.training.rows) / BYTES_PER_TOKEN
     tokens = int(examples * min(per_row, config.max_length))
     basis = {"steps": steps, "train_tokens": tokens, "basis": "modelled"}
-    if shape is None or not shape.parameters:
+    if load is None:
         return {"available": False, "reason": "base_model_not_imported", **basis}
-    trainable: int = adapter.entry.trainable_parameters(adapter.config, shape)
-    full = trainable >= shape.parameters
-    flops = (6 if full else 4) * shape.parameters * tokens
+    shape, trainable = load.shape, load.trainable
+    per_parameter = 6 if trainable >= shape.parameters else 4
+    per_parameter += 2 if spec.compute.gradient_checkpointing else 0
+    flops = per_parameter * shape.parameters * tokens
     seconds = flops / (devices.flops_per_s * spec.compute.gpus * spec.compute.nodes)
-    weight_bytes = 2 if spec.compute.precision == "bf16" else 4
-    activations = (
-        spec.compute.micro_batch_tokens
-        * shape.num_hidden_layers
-        * weight_bytes
-        * (8 * shape.hidden_size + 4 * shape.intermediate_size)
-    )
-    entry = adapter.entry
-    base_bytes = entry.weight_bytes(adapter.config) if isinstance(entry, Loads) else weight_bytes
-    memory = int(shape.parameters * base_bytes) + trainable * 16 + activations
+    memory = memory_needed(load, spec.compute)
     return {
         "available": True,
         **basis,

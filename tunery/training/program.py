@@ -192,7 +192,7 @@ class Trainer:
         self.switches = switches(self.spec.compute.without)
         self.device = _device(self.spec.compute.device)
         self.dtype = _DTYPES[self.spec.compute.precision]
-        self.engine = engine = engine_for(self.spec.compute.strategy)
+        self.engine = engine = engine_for(self.spec.compute.strategy, self.spec.compute.offload)
         engine.start(self.device)
         entries = self.entries = self._entries()
         self.task = entries.task.runtime(entries.task_config)
@@ -205,10 +205,10 @@ class Trainer:
         self.training, self.validation, self.test = self._stores()
         self.preflight = self._preflight()
         self._warn_of_overlap()
-        self.layout = self._layout()
-        self._precompute()
         self.hook = self._hook()
         engine.prepare(self.model, self._optimizer_settings())
+        self.layout = self._layout()
+        self._precompute()
         self._resume()
         self._start_event()
         return self._loop()
@@ -240,7 +240,9 @@ class Trainer:
             **(loads.load_options(config, self.device, self.dtype) if loads else {}),
         )
         base.config.use_cache = False
-        if not loads:
+        assert self.engine is not None
+        placed = loads is not None or self.engine.places_model
+        if not placed:
             base.to(self.device)  # type: ignore[arg-type]
         adapter_run = AdapterRun(
             model=base,
@@ -251,7 +253,7 @@ class Trainer:
             revision=self.spec.model.revision,
         )
         model: nn.Module = adapter.apply(config, adapter_run)
-        if not loads:
+        if not placed:
             model.to(self.device)
         if self.order.init_path:
             load_weights(model, Path(self.order.init_path))
@@ -669,6 +671,7 @@ class Trainer:
             "gradient_checkpointing": self.spec.compute.gradient_checkpointing,
             "layout": self.layout,
             "strategy": self.spec.compute.strategy,
+            "offload": self.spec.compute.offload,
             "ranks": self.engine.world,
             "precision": self.spec.compute.precision,
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
