@@ -180,7 +180,8 @@ class _Survey:
 
     def _kinds(self, example: Example) -> Iterator[str]:
         """What there is to say about a row, by finding."""
-        documents = example.documents
+        # Blank documents stand for sounds and pictures: there are no tokens to look at.
+        documents = tuple(d for d in example.documents if d.input_ids.any())
         if self.options.whole:
             return  # Blocks of the rows' text begin and end wherever they do.
         if any(self._cut(document) for document in documents):

@@ -165,6 +165,12 @@ ROWS: list[tuple[str, Any, Any, list[str] | None]] = [
         {"anchor": "a", "positive": "b", "negatives": []},
         None,
     ),
+    (
+        "transcription",
+        {"audio": "UklGRg==", "sentence": "a"},
+        {"audio": b"RIFF", "text": "a"},
+        None,
+    ),
     ("source_target", {"source": "a", "target": "b"}, {"source": "a", "target": "b"}, None),
     (
         "similarity",

@@ -28,6 +28,9 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -52,6 +55,20 @@ SIZES: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
+}
+
+
+HALVES: dict[str, Any] = {
+    "d_model": 32,
+    **{f"{half}_layers": 2 for half in ("encoder", "decoder")},
+    **{f"{half}_attention_heads": 4 for half in ("encoder", "decoder")},
+    **{f"{half}_ffn_dim": 48 for half in ("encoder", "decoder")},
+}
+SPOKEN: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
@@ -86,17 +103,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders by family: weights and tokenizer."""
     root = tmp_path_factory.mktemp("bases")
-    halves = {"encoder_layers": 2, "decoder_layers": 2}
-    halves |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    halves |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32}
-    said = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     made = {
         "t5": lambda: T5ForConditionalGeneration(
-            T5Config(**t5, **said, decoder_start_token_id=0, dropout_rate=0.0)
+            T5Config(**t5, **SPOKEN, decoder_start_token_id=0, dropout_rate=0.0)
         ),
         "bart": lambda: BartForConditionalGeneration(
-            BartConfig(**halves, **said, decoder_start_token_id=2, dropout=0.0, init_std=0.2)
+            BartConfig(**HALVES, **SPOKEN, decoder_start_token_id=2, dropout=0.0, init_std=0.2)
         ),
         "bert": lambda: BertModel(BertConfig(**SIZES, pad_token_id=0)),
         "roberta": lambda: RobertaModel(RobertaConfig(**SIZES, pad_token_id=0)),
@@ -127,6 +140,20 @@ def _perceiving(root: Path) -> dict[str, Path]:
             lambda: ASTModel(ASTConfig(**halves, **spectrogram, patch_size=8)),
             ASTFeatureExtractor(**spectrogram),
         ),
+        "whisper": (
+            lambda: WhisperForConditionalGeneration(
+                WhisperConfig(
+                    **HALVES,
+                    **SPOKEN,
+                    num_mel_bins=16,
+                    max_source_positions=50,
+                    max_target_positions=64,
+                    decoder_start_token_id=1,
+                    init_std=0.2,
+                )
+            ),
+            WhisperFeatureExtractor(feature_size=16, chunk_length=1),
+        ),
         "wav2vec2": (
             lambda: Wav2Vec2Model(
                 Wav2Vec2Config(
@@ -146,6 +173,7 @@ def _perceiving(root: Path) -> dict[str, Path]:
         torch.manual_seed(0)
         make().save_pretrained(root / name)
         preparer.save_pretrained(root / name)
+    make_tokenizer().save_pretrained(root / "whisper")
     return {name: root / name for name in made}
 
 

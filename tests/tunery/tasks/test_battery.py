@@ -70,13 +70,19 @@ for kind, column, files in (
         {column: base64.b64encode(data).decode(), "label": "high" if i > 3 else "low"}
         for i, data in enumerate(files)
     ]
+ROWS["speech-to-text"] = [
+    {"audio": base64.b64encode(tone(200 * (i + 1), 0.1)).decode(), "text": w}
+    for i, w in enumerate(WORDS)
+]
 FAMILY = {
     "text-generation": "llama",
     "sequence-to-sequence": "bart",
+    "speech-to-text": "whisper",
     "audio-classification": "ast",
     "image-classification": "vit",
 }
 OTHER_CLASSES = {
+    "speech-to-text": "AutoModelForSpeechSeq2Seq",
     "audio-classification": "AutoModelForAudioClassification",
     "image-classification": "AutoModelForImageClassification",
 }
