@@ -222,6 +222,15 @@ class NeedsModels(Protocol):
         ...
 
 
+@runtime_checkable
+class MakesExamples(Protocol):
+    """A method whose examples are not the rows of the file, but made of them."""
+
+    def examples(self, tokens: float, max_length: int) -> int:
+        """How many there will be, of a file of about so many tokens."""
+        ...
+
+
 class Transform(Entry, Protocol):
     """What is done to rows first. Pure: the same row and config give the same row."""
 

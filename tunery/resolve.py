@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from tunery import catalogue
 from tunery.data import formats
 from tunery.data.formats import sorted_labels
-from tunery.entries import InCache, Loads, NeedsModels
+from tunery.entries import InCache, Loads, MakesExamples, NeedsModels
 from tunery.errors import InvalidConfig, UnsupportedCombination
 from tunery.placement import load_of, memory_needed, place
 from tunery.request import unknown_key, validated
@@ -113,7 +113,8 @@ def resolve(
         request.ext.compute, adapter.entry, load, devices, note=story.note, warn=story.warn
     )
     _check_strategy(request, adapter.entry, compute)
-    steps = total_steps(config, training.rows)
+    count = _examples(method, training, getattr(config, "max_length", 0))
+    steps = total_steps(config, count)
     spec = TrainingSpec(
         model=BaseModelRef(name=request.model, revision=revision),
         task=task.use,
@@ -138,7 +139,7 @@ def resolve(
         spec=spec,
         sources=story.sources,
         warnings=story.warnings,
-        estimate=_estimate(spec, config, steps, load, devices or DeviceFacts()),
+        estimate=_estimate(spec, config, steps, count, load, devices or DeviceFacts()),
         hyperparameters={**shown, "learning_rate_multiplier": multiplier},
     )
 
@@ -149,6 +150,13 @@ def further_models(spec: TrainingSpec) -> tuple[BaseModelRef, ...]:
     if not isinstance(method, NeedsModels):
         return ()
     return tuple(method.models(method.Config.model_validate(spec.method.config)))
+
+
+def _examples(method: Method, training: DataFile, max_length: int) -> int:
+    """What a step takes `batch_size` of: rows, or what the method makes of them."""
+    if isinstance(method, MakesExamples):
+        return method.examples(training.size_bytes / BYTES_PER_TOKEN, max_length)
+    return training.rows
 
 
 def total_steps(config: Any, rows: int) -> int:
@@ -310,13 +318,15 @@ class _Settings:
             if key not in self.method.Config.model_fields:
                 known = [*self.method.Config.model_fields, "learning_rate_multiplier"]
                 raise unknown_key(f"{self.path}.{key}", key, known)
+        length, why_length = self._max_length()
+        count = _examples(self.method, self.training, given.get("max_length", length))
         filled = {
             "learning_rate": (
                 base * multiplier,
                 f"default of {self.adapter.name} for {self.method.name}",
             ),
-            "batch_size": (self._batch_size(), f"auto: {self.training.rows} rows"),
-            "max_length": self._max_length(),
+            "batch_size": (_batch_size(count), f"auto: {self._counted(count)}"),
+            "max_length": (length, why_length),
         }
         for key, (value, why) in filled.items():
             if key in self.method.Config.model_fields and key not in given:
@@ -328,11 +338,11 @@ class _Settings:
             if asked or f"method.config.{key}" not in story.sources:
                 story.note(f"method.config.{key}", "request" if asked else "default")
         self._check_length(config)
-        if self.training.rows < 10:
+        if count < 10:
             story.warn(
                 "too_few_examples",
                 "training_file",
-                f"{self.training.rows} examples teach little; 50 is a start",
+                f"{count} examples teach little; 50 is a start",
             )
         return config, getattr(config, "learning_rate", base) / base
 
@@ -351,10 +361,10 @@ class _Settings:
             raise InvalidConfig(f"{path}: a number above 0 is expected", param=path)
         return float(value)
 
-    def _batch_size(self) -> int:
-        rows = self.training.rows
-        size = 8 if rows <= 2_000 else 16 if rows <= 20_000 else 32
-        return max(1, min(size, rows))
+    def _counted(self, count: int) -> str:
+        if isinstance(self.method, MakesExamples):
+            return f"about {count} examples"
+        return f"{count} rows"
 
     def _max_length(self) -> tuple[int, str]:
         if self.shape is None:
@@ -371,6 +381,11 @@ class _Settings:
                 hint=f"at most {limit}",
                 param=f"{self.path}.max_length",
             )
+
+
+def _batch_size(examples: int) -> int:
+    size = 8 if examples <= 2_000 else 16 if examples <= 20_000 else 32
+    return max(1, min(size, examples))
 
 
 def _transforms(
@@ -526,6 +541,7 @@ def _estimate(
     spec: TrainingSpec,
     config: Any,
     steps: int,
+    count: int,
     load: Load | None,
     devices: DeviceFacts,
 ) -> dict[str, Any]:
@@ -535,9 +551,9 @@ def _estimate(
     training, and 2N more where activations are recomputed; time is given as a range, because the
     device's sustained rate is assumed.
     """
-    examples = steps * min(config.batch_size, spec.data.training.rows)
-    per_row = spec.data.training.size_bytes / max(1, spec.data.training.rows) / BYTES_PER_TOKEN
-    tokens = int(examples * min(per_row, config.max_length))
+    examples = steps * min(config.batch_size, count)
+    per_example = spec.data.training.size_bytes / max(1, count) / BYTES_PER_TOKEN
+    tokens = int(examples * min(per_example, config.max_length))
     basis = {"steps": steps, "train_tokens": tokens, "basis": "modelled"}
     if load is None:
         return {"available": False, "reason": "base_model_not_imported", **basis}

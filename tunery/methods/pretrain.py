@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -57,6 +58,10 @@ class Pretrain:
     example_row: ClassVar[Mapping[str, Any]] = {
         "text": "The shop in the old mill opens at ten. On Sundays it closes at four."
     }
+
+    def examples(self, tokens: float, max_length: int) -> int:
+        """Full ones; a last, shorter one counts."""
+        return max(1, math.ceil(tokens / max_length))
 
     def objective(self, config: PretrainConfig, run: MethodRun) -> Objective:
         """Maximum likelihood of examples that are made of the rows' texts."""

@@ -8,6 +8,9 @@ import torch
 from pydantic import ValidationError
 
 from tunery.methods.pretrain import PretrainConfig
+from tunery.request import parse_request
+from tunery.resolve import resolve
+from tunery.spec import DataFile
 from tunery.training.store import TokenStore
 
 TEXTS = [{"text": "abcdefgh " * (1 + i % 5)} for i in range(12)]
@@ -85,6 +88,39 @@ def test_another_grouping_is_another_cache_entry(
         order = make_order("pretrain", TEXTS, config, cache_dir=str(cache))
         train(order, f"run-{number}")
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_request_counts_examples_and_not_rows() -> None:
+    # One row of 400 kB is about 100,000 tokens, 98 examples of 1024 and 13 steps of 8.
+    file = DataFile(file_id="file-1", sha256="0", format="text", rows=1, size_bytes=400_000)
+    settings = {"max_length": 1024}
+    request = parse_request(
+        {
+            "model": "base",
+            "training_file": "file-1",
+            "method": {"type": "pretrain", "pretrain": {"hyperparameters": settings}},
+        }
+    )
+    resolved = resolve(request, training=file, seed=1)
+    assert resolved.spec.method.config["batch_size"] == 8
+    assert resolved.sources["method.config.batch_size"] == "auto: about 98 examples"
+    assert resolved.estimate["steps"] == 13
+    assert 100_000 <= resolved.estimate["train_tokens"] < 110_000
+    assert resolved.warnings == []
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_long_rows_teach_a_storyteller_shakespeare(
+    make_order: Any, train: Any, series: Any, shared_dir: Any
+) -> None:
+    text = (shared_dir / "data/tinyshakespeare/input.txt").read_text()
+    rows = [{"text": text[start : start + 40_000]} for start in range(0, 400_000, 40_000)]
+    config = {"max_steps": 20, "batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 2}
+    order = make_order("pretrain", rows, config, valid=[{"text": text[-8_000:]}])
+    stories = str(shared_dir / "models/stories260K")
+    losses = series(train(order.model_copy(update={"base_model_path": stories})), "valid_loss")
+    assert losses[0] > 4.2
+    assert losses[-1] < 3.4
 
 
 def test_an_unknown_strategy_is_refused() -> None:
