@@ -216,3 +216,19 @@ def test_two_ranks_have_the_losses_of_one(bench: Bench, method: str) -> None:
     assert process.wait(60) == EXIT_DONE, (workdir / "trainer.log").read_text()
     for name in ("train_loss", "valid_loss"):
         assert losses(events, name) == pytest.approx(losses(bench.whole(method), name), abs=1e-5)
+
+
+def test_noise_is_drawn_again_alike_after_a_resume(bench: Bench) -> None:
+    order = bench.order("supervised")
+    settings = {
+        **order.spec.method.config,
+        "neftune_noise_alpha": 10,
+        "label_smoothing_factor": 0.1,
+    }
+    method = order.spec.method.model_copy(update={"config": settings})
+    order = order.model_copy(update={"spec": order.spec.model_copy(update={"method": method})})
+    noisy = losses(bench.run(order, "noisy"))
+    assert noisy[4] != pytest.approx(losses(bench.whole("supervised"))[4], abs=1e-3)
+    halfway = bench.home / "noisy/checkpoints/step-00000002/resume"
+    resumed = bench.run(order.model_copy(update={"resume_path": str(halfway)}), "noisy-resumed")
+    assert losses(resumed) == pytest.approx({step: noisy[step] for step in (3, 4)}, abs=1e-6)
