@@ -88,7 +88,7 @@ OTHER_CLASSES = {
 }
 METHOD = {"sentence-embedding": "contrastive", "reward-modeling": "reward"}
 CHATML = [{"type": "chat_template", "name": "chatml"}]
-SETTINGS = {"max_steps": 4, "batch_size": 4, "learning_rate": 5e-3, "max_length": 48}
+SETTINGS = {"max_steps": 4, "batch_size": 4, "learning_rate": 5e-3, "max_length": 96}
 every_task = pytest.mark.parametrize("name", catalogue.entries("tasks"))
 
 
