@@ -28,9 +28,17 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 _BIASED: dict[str, frozenset[str] | None] = {
     "qwen2": frozenset({"q_proj", "k_proj", "v_proj"}),
+    "whisper": frozenset(
+        f"{at}.{name}"
+        for at in ("encoder.self_attn", "decoder.self_attn", "decoder.encoder_attn")
+        for name in ("q_proj", "v_proj", "out_proj")
+    )
+    | {f"{half}.fc{number}" for half in ("encoder", "decoder") for number in (1, 2)},
     **dict.fromkeys(
         ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "gpt2", "gpt_neox", "phi")
     ),
+    **dict.fromkeys(("mpnet", "deberta-v2", "bart", "vit", "wav2vec2", "hubert")),
+    "audio-spectrogram-transformer": None,
 }
 """Families whose block linears have biases: which of them, None for all."""
 

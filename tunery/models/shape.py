@@ -26,18 +26,37 @@ Linears = dict[str, tuple[int, int]]
 
 
 class _Sizes:
-    """The numbers of a config under one name each, whatever the family calls them."""
+    """The numbers of a config under one name each, whatever the family calls them.
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    Of models with an encoder and a decoder, both halves are taken to have the decoder's.
+    """
+
+    def __init__(self, config: dict[str, Any], *, reads: bool = True) -> None:
         self.hidden = _first(config, "hidden_size", "n_embd", "dim", "d_model")
-        self.layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-        self.heads = _first(config, "num_attention_heads", "n_head", "n_heads")
+        self.layers = _first(
+            config, "decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers"
+        )
+        self.heads = _first(
+            config,
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "decoder_attention_heads",
+        )
         self.intermediate = _first(
-            config, "intermediate_size", "n_inner", "hidden_dim", default=4 * self.hidden
+            config,
+            "intermediate_size",
+            "n_inner",
+            "hidden_dim",
+            "d_ff",
+            "decoder_ffn_dim",
+            default=4 * self.hidden,
         )
         self.kv_heads = _first(config, "num_key_value_heads", default=self.heads)
-        self.head_dim = _first(config, "head_dim", default=self.hidden // self.heads)
-        self.vocab = _first(config, "vocab_size")
+        self.head_dim = _first(config, "head_dim", "d_kv", default=self.hidden // self.heads)
+        self.vocab = _first(config, "vocab_size", default=None if reads else 1)
+        self.gated = str(config.get("feed_forward_proj", "")).startswith("gated")
         self.positions = _first(
             config, "max_position_embeddings", "n_positions", "n_ctx", default=2048
         )
@@ -140,6 +159,81 @@ def _neox(s: _Sizes) -> Linears:
     }
 
 
+def _mpnet(s: _Sizes) -> Linears:
+    return {
+        **{f"attn.{name}": (s.hidden, s.hidden) for name in "qkvo"},
+        "intermediate.dense": (s.hidden, s.intermediate),
+        "output.dense": (s.intermediate, s.hidden),
+    }
+
+
+def _deberta(s: _Sizes) -> Linears:
+    return {
+        **{f"{name}_proj": (s.hidden, s.hidden) for name in ("query", "key", "value")},
+        "attention.output.dense": (s.hidden, s.hidden),
+        "intermediate.dense": (s.hidden, s.intermediate),
+        "output.dense": (s.intermediate, s.hidden),
+    }
+
+
+def _modernbert(s: _Sizes) -> Linears:
+    return {
+        "Wqkv": (s.hidden, 3 * s.hidden),
+        "attn.Wo": (s.hidden, s.hidden),
+        "Wi": (s.hidden, 2 * s.intermediate),
+        "mlp.Wo": (s.intermediate, s.hidden),
+    }
+
+
+def _vit(s: _Sizes) -> Linears:
+    """Those that see, and the one that sees sounds."""
+    return {
+        **{f"{name}_proj": (s.hidden, s.hidden) for name in "qkvo"},
+        "fc1": (s.hidden, s.intermediate),
+        "fc2": (s.intermediate, s.hidden),
+    }
+
+
+def _wav2vec2(s: _Sizes) -> Linears:
+    return {
+        **{f"{name}_proj": (s.hidden, s.hidden) for name in ("q", "k", "v", "out")},
+        "intermediate_dense": (s.hidden, s.intermediate),
+        "output_dense": (s.intermediate, s.hidden),
+    }
+
+
+def _t5(s: _Sizes) -> Linears:
+    """Named by half, since both have modules of one name."""
+    inside = {
+        **{name: (s.hidden, s.queries) for name in "qkv"},
+        "o": (s.queries, s.hidden),
+    }
+    rising = ("wi_0", "wi_1") if s.gated else ("wi",)
+    forward = {
+        **{f"DenseReluDense.{name}": (s.hidden, s.intermediate) for name in rising},
+        "DenseReluDense.wo": (s.intermediate, s.hidden),
+    }
+    half = {**{f"SelfAttention.{name}": sizes for name, sizes in inside.items()}, **forward}
+    across = {f"EncDecAttention.{name}": sizes for name, sizes in inside.items()}
+    return _halves(half, across)
+
+
+def _bart(s: _Sizes) -> Linears:
+    """Named by half, since both have modules of one name."""
+    inside = {f"{name}_proj": (s.hidden, s.hidden) for name in ("q", "k", "v", "out")}
+    forward = {"fc1": (s.hidden, s.intermediate), "fc2": (s.intermediate, s.hidden)}
+    half = {**{f"self_attn.{name}": sizes for name, sizes in inside.items()}, **forward}
+    across = {f"encoder_attn.{name}": sizes for name, sizes in inside.items()}
+    return _halves(half, across)
+
+
+def _halves(half: Linears, across: Linears) -> Linears:
+    return {
+        **{f"encoder.{name}": sizes for name, sizes in half.items()},
+        **{f"decoder.{name}": sizes for name, sizes in (half | across).items()},
+    }
+
+
 # A family's linear modules, and whether its configs tie the head to the embedding when they do not
 # say so. The default is the class default of each family in transformers.
 _FAMILIES: dict[str, tuple[Callable[[_Sizes], Linears], bool]] = {
@@ -160,7 +254,20 @@ _FAMILIES: dict[str, tuple[Callable[[_Sizes], Linears], bool]] = {
     "xlm-roberta": (_bert, True),
     "electra": (_bert, True),
     "distilbert": (_distilbert, True),
+    "mpnet": (_mpnet, True),
+    "deberta-v2": (_deberta, True),
+    "modernbert": (_modernbert, True),
+    "t5": (_t5, True),
+    "mt5": (_t5, True),
+    "bart": (_bart, True),
+    "whisper": (_bart, True),
+    "vit": (_vit, True),
+    "audio-spectrogram-transformer": (_vit, True),
+    "wav2vec2": (_wav2vec2, True),
+    "hubert": (_wav2vec2, True),
 }
+_WITHOUT_WORDS = frozenset({"vit", "audio-spectrogram-transformer", "wav2vec2", "hubert"})
+"""Families that see or hear and have no vocabulary to speak of."""
 
 
 def shape_of(config: dict[str, Any], parameters: int = 0) -> ModelShape:
@@ -177,7 +284,7 @@ def shape_of(config: dict[str, Any], parameters: int = 0) -> ModelShape:
             hint=f"supported: {', '.join(sorted(_FAMILIES))}",
         )
     linears, tied = _FAMILIES[kind]
-    sizes = _Sizes(config)
+    sizes = _Sizes(config, reads=kind not in _WITHOUT_WORDS)
     architectures = config.get("architectures") or [kind]
     labels = config.get("id2label")
     return ModelShape(

@@ -39,16 +39,62 @@ FAMILIES = {
     "xlm-roberta": SMALL,
     "electra": {**SMALL, "embedding_size": 32},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 64},
+    "mpnet": SMALL,
+    "deberta-v2": SMALL,
+    "modernbert": {**SMALL, "pad_token_id": 0},
+}
+_SEEING = {key: SMALL[key] for key in list(SMALL)[:4]}
+SEEING = {
+    "vit": _SEEING,
+    "audio-spectrogram-transformer": _SEEING,
+    "wav2vec2": _SEEING,
+    "hubert": _SEEING,
+}
+_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+_BART = {
+    "d_model": 32,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    **{f"{half}_layers": 2 for half in ("encoder", "decoder")},
+    **{f"{half}_attention_heads": 4 for half in ("encoder", "decoder")},
+    **{f"{half}_ffn_dim": 48 for half in ("encoder", "decoder")},
+}
+HALVES = {
+    "t5": _T5,
+    "mt5": {**_T5, "feed_forward_proj": "gated-gelu"},
+    "bart": _BART,
+    "whisper": _BART,
 }
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", HALVES)
+def test_both_halves_have_the_linear_modules_that_transformers_builds(family: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(family, **HALVES[family])
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    built = {}
+    for name, module in model.named_modules():
+        half, layer, inside = name.partition(".layers.0.")
+        if not layer:
+            half, layer, inside = name.partition(".block.0.")
+            inside = inside.partition(".")[2].partition(".")[2]  # after layer.1.
+        if layer and isinstance(module, torch.nn.Linear):
+            built[f"{half}.{inside}"] = (module.in_features, module.out_features)
+    found = shape_of(config.to_dict())
+    assert built == found.linear_shapes
+    assert found.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES | SEEING))
 def test_linear_modules_are_those_that_transformers_builds(family: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModel
     from transformers.pytorch_utils import Conv1D
 
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **(FAMILIES | SEEING)[family])
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     built: dict[str, tuple[int, int]] = {}
@@ -65,7 +111,7 @@ def test_linear_modules_are_those_that_transformers_builds(family: str) -> None:
         named[max(fits, key=len)] = sizes
     assert named == found.linear_shapes
     assert found.num_hidden_layers == 2
-    assert found.vocab_size == 64
+    assert found.vocab_size == 64 or family in SEEING
 
 
 def test_tied_embeddings_default_as_in_transformers() -> None:
@@ -116,5 +162,5 @@ def test_a_zip_called_safetensors_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidConfig) as caught:
-        shape_of({"model_type": "vit"})
+        shape_of({"model_type": "telegraph"})
     assert "llama" in (caught.value.hint or "")
