@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tunery.errors import InvalidConfig
+from tunery.errors import InvalidConfig, UnsupportedCombination
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,9 +103,17 @@ def wrap(run: AdapterRun, config: Any) -> Any:
     """The `PeftModel` around `run.model`, initialised from the seed.
 
     The saved configuration names the base as the run does, never a folder of this machine.
+
+    Raises:
+        UnsupportedCombination: a soft prompt, for a model that reads no text.
     """
     from peft import get_peft_model
 
+    if config.is_prompt_learning and run.task_type is None:
+        raise UnsupportedCombination(
+            "a soft prompt stands in front of a text's tokens, and this task's model reads none",
+            hint="lora, ia3 and other adapters of its modules train it",
+        )
     with seeded(run):
         model = get_peft_model(run.model, config)
     ours = model.peft_config["default"]

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from tests.tunery.tasks.media import square, tone
 from tunery.data import formats
-from tunery.errors import BaseModelUnavailable, InvalidData
+from tunery.errors import BaseModelUnavailable, InvalidData, UnsupportedCombination
 from tunery.tasks import _media
 from tunery.training.checkpoint import write_json
 
@@ -85,6 +85,13 @@ def test_training_learns_and_peft_loads_the_result(
         torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
     saved, used = preparer_of(name, tmp_path), preparer_of(name, bases[family])
     assert saved.to_dict() == used.to_dict()
+
+
+@pytest.mark.parametrize("adapter", ["prompt", "prefix"])
+def test_soft_prompts_need_a_text(bench: Any, bases: Any, adapter: str) -> None:
+    task = task_of(bench, "image-classification", bases["vit"])
+    with pytest.raises(UnsupportedCombination, match="this task's model reads none"):
+        task.adapt(task.load(bases["vit"], LABELS), adapter)
 
 
 def test_pictures_are_prepared_as_transformers_does(bench: Any, bases: Any) -> None:
