@@ -198,6 +198,8 @@ class _Survey:
     def _kinds_of_trained(self, documents: tuple[Document, ...]) -> Iterator[str]:
         if not any(document.supervised for document in documents):
             yield "rows_without_trained_tokens"
+        elif len(documents) == 2 and not all(document.weighted for document in documents):
+            yield "pairs_without_a_reply"
         if len(documents) == 2 and np.array_equal(documents[0].input_ids, documents[1].input_ids):
             yield "equal_replies"
         predicted = [d for d in documents if d.supervised and d.tags is None]
@@ -320,6 +322,10 @@ _WARNINGS: dict[str, tuple[str, str | None]] = {
     "pad_token_in_text": (
         "{n} of {rows} rows contain the pad token",
         "leave the pad token out of the text",
+    ),
+    "pairs_without_a_reply": (
+        "{n} of {rows} pairs lack a reply, which max_length cuts off: they do not count",
+        "raise max_length",
     ),
     "equal_replies": ("{n} of {rows} rows have two equal replies", "remove them"),
 }

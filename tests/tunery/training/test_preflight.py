@@ -165,6 +165,16 @@ def test_equal_replies_teach_nothing() -> None:
         look([pair(GOOD, GOOD)], format="preference").check()
 
 
+def test_pairs_of_which_a_reply_is_cut_off_are_told_of() -> None:
+    cut = document([A, B, B, A], 0)
+    result = look(
+        [pair(GOOD, document([A, B, B, EOS], 2)), pair(GOOD, cut, 1)], format="preference"
+    )
+    result.check()
+    assert codes(result) == ["pairs_without_a_reply"]
+    assert result.findings[0].first_rows == (1,)
+
+
 def classified(*targets: int) -> list[Example]:
     return [Example((document([A, B], 0),), target, i) for i, target in enumerate(targets)]
 
