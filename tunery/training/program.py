@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from tunery.training.preflight import Preflight
     from tunery.training.protocol import Event, RunOrder
     from tunery.training.store import TokenStore
-    from tunery.training.types import Batch, Evaluated, Example, Layout, Objective
+    from tunery.training.types import Batch, Evaluated, Example, Layout, Objective, TaskRuntime
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREFLIGHT_ROWS = 5000
@@ -196,8 +196,7 @@ class Trainer:
         engine.start(self.device)
         entries = self.entries = self._entries()
         self.task = entries.task.runtime(entries.task_config)
-        loads = self.task.load_tokenizer if isinstance(self.task, Prepares) else load_tokenizer
-        self.tokenizer = loads(Path(self.order.base_model_path))
+        self.tokenizer = tokenizer_for(self.task, Path(self.order.base_model_path))
         self.model = self._model()
         self.base = base_of(self.model)
         self.losses = TokenLossComputer(self.base, self._head_policy())
@@ -692,6 +691,15 @@ class Trainer:
 def base_of(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def tokenizer_for(task: TaskRuntime, path: Path) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, or what stands for it where the task reads no text.
+
+    Raises:
+        BaseModelUnavailable: there is none.
+    """
+    return task.load_tokenizer(path) if isinstance(task, Prepares) else load_tokenizer(path)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
