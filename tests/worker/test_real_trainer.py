@@ -49,7 +49,9 @@ def stories(farm: Farm, shared_dir: Path) -> str:
     return "stories260K"
 
 
-async def queue(farm: Farm, model: str, **ext: Any) -> str:
+async def queue(
+    farm: Farm, model: str, method: str = "supervised", more: Any = (), **ext: Any
+) -> str:
     data = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
     file = await farm.upload(data)
     training = DataFile(
@@ -59,11 +61,11 @@ async def queue(farm: Farm, model: str, **ext: Any) -> str:
         rows=len(ROWS),
         size_bytes=len(data),
     )
-    hyperparameters = {"n_epochs": 8, "batch_size": 4, "max_length": 128}
+    hyperparameters = {"n_epochs": 8, "batch_size": 4, "max_length": 128, **dict(more)}
     body = {
         "model": model,
         "training_file": file.public_id,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": method, method: {"hyperparameters": hyperparameters}},
         "ext": ext,
     }
     spec: TrainingSpec = resolve(parse_request(body), training=training, seed=7).spec
@@ -170,6 +172,19 @@ async def test_a_rank_killed_by_the_kernel_is_told_apart(farm: Farm, stories: st
     assert codes == ["out_of_memory"]
     await farm.wish("cancel", job)
     await farm.oracle()
+
+
+async def test_a_worker_finds_the_teacher_too(farm: Farm, stories: str) -> None:
+    await farm.worker(**STOCK)
+    more = {"teacher_model": stories, "n_epochs": 1}
+    job = await queue(farm, stories, "distillation", more)
+    await farm.reaches(job, "succeeded", within_s=90)
+    # Its own teacher: the untrained adapter changes nothing, and there is nothing to learn.
+    assert (await losses(farm, job))[1] == pytest.approx(0, abs=1e-6)
+    absent = await queue(farm, stories, "distillation", {**more, "teacher_model": "nobody"})
+    row = await farm.reaches(absent, "failed", within_s=90)
+    assert row.error is not None
+    assert "nobody" in row.error["message"]
 
 
 async def test_a_job_goes_on_from_an_earlier_ones_weights_and_optimizer(

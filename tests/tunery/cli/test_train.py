@@ -77,6 +77,22 @@ def test_a_job_file_is_trained_without_the_service(place: Path) -> None:
     assert again.returncode == 6
 
 
+def test_a_teacher_is_found_by_its_name(place: Path) -> None:
+    job = json.loads((place / "job.yaml").read_text())
+    settings = {"batch_size": 4, "teacher_model": "tiny", "max_steps": 2}
+    job["method"] = {"type": "distillation", "distillation": {"hyperparameters": settings}}
+    (place / "distil.yaml").write_text(json.dumps(job))
+    run = _start(place, "distil.yaml", "--out", "distilled")
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    job["method"]["distillation"]["hyperparameters"]["teacher_model"] = "nobody"
+    (place / "orphan.yaml").write_text(json.dumps(job))
+    run = _start(place, "orphan.yaml", "--out", "orphan")
+    _, err = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "nobody" in err
+
+
 def test_ctrl_c_stops_with_a_checkpoint_and_resume_goes_on(place: Path) -> None:
     run = _start(place, "job.yaml", "--set", "max_steps=100000", "--out", "long")
     assert run.stdout is not None
