@@ -35,8 +35,11 @@ _EMBEDDINGS = frozenset(
 )
 """Modules of vocabulary times hidden size that may be trained in full beside the adapter."""
 
-UNDIVIDED = frozenset({"single", "ddp", "deepspeed_zero0", "deepspeed_zero2"})
+UNDIVIDED = frozenset({"single", "ddp", "deepspeed_zero0", "deepspeed_zero1", "deepspeed_zero2"})
 """Strategies under which a soft prompt or prefix, which belongs to no module, stays whole."""
+
+BY_BLOCK = UNDIVIDED | {"fsdp"}
+"""Strategies under which a block's weights are whole while the block runs."""
 
 
 def head_parameters(shape: ModelShape) -> int:

@@ -93,8 +93,8 @@ class Tuner:
     """Whether it sits on GPT-2's transposed linears too."""
     tasks: ClassVar[frozenset[str] | None] = None
     methods: ClassVar[frozenset[str] | None] = None
-    strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
-    """Most read the base's weight beside its forward pass, and ZeRO-3 has it in pieces then."""
+    strategies: ClassVar[frozenset[str] | None] = _peft.BY_BLOCK
+    """Most read the base's weight beside its own forward pass, and ZeRO-3 has it in pieces then."""
     mergeable: ClassVar[bool] = True
     half_precision: ClassVar[bool] = True
 

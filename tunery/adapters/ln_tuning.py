@@ -33,7 +33,7 @@ class LnTuning:
     default_learning_rate: ClassVar[float] = 1e-3
     tasks: ClassVar[frozenset[str] | None] = None
     methods: ClassVar[frozenset[str] | None] = None
-    strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
+    strategies: ClassVar[frozenset[str] | None] = _peft.BY_BLOCK
     mergeable: ClassVar[bool] = True
     half_precision: ClassVar[bool] = True
 

@@ -48,7 +48,7 @@ class Mam:
     }
     tasks: ClassVar[frozenset[str] | None] = None
     methods: ClassVar[frozenset[str] | None] = None
-    strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
+    strategies: ClassVar[frozenset[str] | None] = _peft.BY_BLOCK
     default_learning_rate: ClassVar[float] = 5e-4
     mergeable: ClassVar[bool] = False
     half_precision: ClassVar[bool] = True

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from tunery.adapters import _peft
 from tunery.adapters._tuner import Tuner, TunerConfig
 from tunery.errors import InvalidConfig
 
@@ -41,6 +42,8 @@ class Osf(Tuner):
     default_learning_rate: ClassVar[float] = 2e-5
     peft_config: ClassVar[str] = "OSFConfig"
     transposed: ClassVar[bool] = False
+    strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
+    """Each gradient is projected whole."""
 
     def per_linear(self, config: OsfConfig, linear: Linear) -> int:
         """The singular values and both sides' vectors that are not frozen."""

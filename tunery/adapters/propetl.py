@@ -41,7 +41,7 @@ class Propetl:
     example: ClassVar[Mapping[str, Any]] = {"type": "propetl", "bottleneck": 64, "kept": 0.5}
     tasks: ClassVar[frozenset[str] | None] = None
     methods: ClassVar[frozenset[str] | None] = None
-    strategies: ClassVar[frozenset[str] | None] = _peft.UNDIVIDED
+    strategies: ClassVar[frozenset[str] | None] = _peft.BY_BLOCK
     default_learning_rate: ClassVar[float] = 5e-4
     mergeable: ClassVar[bool] = False
     half_precision: ClassVar[bool] = True

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.tunery.training.ranks import (
+    CONFIG,
+    EXPORT,
+    STEP_2,
+    alone,
+    close,
+    compute,
+    features,
+    loads_like_any,
+    on_two_ranks,
+    resume_state,
+    series,
+)
 from tunery import catalogue
 from tunery.errors import CheckpointCorrupt, NotSupported
-from tunery.spec import Checkpoints, Compute, Use
-from tunery.training import program
-from tunery.training.control import StopFlag
+from tunery.spec import Use
 from tunery.training.engines import engine_for
-from tunery.training.engines.fsdp import blocks
+from tunery.training.engines.fsdp import blocks, kept_whole
 from tunery.training.hooks import StepHook
 from tunery.training.optimizer import OptimizerSettings
-from tunery.training.protocol import EXIT_DONE, read_event
 from tunery.training.types import AdapterRun
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pathlib import Path
 
     from tunery.training.protocol import RunOrder
 
-REPOSITORY = Path(__file__).parents[3]
-RUNS = Path(__file__).with_name("rank_runs.py")
-CONFIG = {"max_steps": 4, "batch_size": 5, "weight_decay": 0.1, "max_grad_norm": 0.5}
 LEARNT = {"batch_size": 5, "max_steps": 4, "learning_rate": 1e-2, "max_length": 64}
-STEP_2 = "checkpoints/step-00000002/resume"
-EXPORT = "checkpoints/step-00000004/export"
-
 PAIRS = [
     {
         "input": {"messages": [{"role": "user", "content": f"count {i}"}]},
@@ -48,57 +46,6 @@ PAIRS = [
     }
     for i in range(10)
 ]
-
-
-def alone(order: RunOrder, folder: Path) -> list[Any]:
-    folder.mkdir()
-    events: list[Any] = []
-    assert program.run(order, folder, events.append, StopFlag()) == EXIT_DONE
-    return events
-
-
-def on_two_ranks(orders: Mapping[str, RunOrder], home: Path) -> dict[str, list[Any]]:
-    """One after another, in the same two processes; each in a folder of its name."""
-    folders = [home / name for name in orders]
-    for folder, order in zip(folders, orders.values(), strict=True):
-        folder.mkdir()
-        (folder / "run.json").write_text(order.model_dump_json())
-    done = subprocess.run(
-        [sys.executable, RUNS, *folders],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return {
-        name: [
-            read_event(line) for line in (home / name / "events.jsonl").read_bytes().splitlines()
-        ]
-        for name in orders
-    }
-
-
-def series(events: list[Any], name: str) -> dict[int, float]:
-    points = [event for event in events if event.kind == "metrics"]
-    return {e.step: e.values[name] for e in points if name in e.values}
-
-
-def compute(strategy: str, **more: Any) -> dict[str, Any]:
-    ranks = 1 if strategy == "single" else 2
-    return {
-        "compute": Compute(gpus=ranks, strategy=strategy, micro_batch_tokens=48, **more),  # type: ignore[arg-type]
-        "checkpoints": Checkpoints(every_steps=2),
-    }
-
-
-def close(ours: list[Any], theirs: list[Any], *names: str) -> None:
-    for name in names or ("train_loss", "grad_norm"):
-        expected = series(theirs, name)
-        assert expected, name
-        assert series(ours, name) == pytest.approx(expected, abs=1e-4), name
 
 
 @pytest.mark.slow
@@ -127,14 +74,15 @@ def test_two_ranks_have_the_losses_of_one_and_resume_to_them(
     )
     for name in ("fsdp", "offloaded", "recomputed"):
         close(runs[name], single, "train_loss", "valid_loss", "grad_norm", "learning_rate")
-    features = next(event for event in runs["offloaded"] if event.kind == "start").features
-    said = tuple(features[name] for name in ("strategy", "ranks", "offload"))
-    assert said == ("fsdp", 2, "parameters")
+    found = features(runs["offloaded"])
+    assert tuple(found[name] for name in ("strategy", "ranks", "offload")) == (
+        "fsdp",
+        2,
+        "parameters",
+    )
 
     # The resume files are those of one rank, so either may go on from the other's.
-    ours, theirs = (
-        load_file(tmp_path / name / STEP_2 / "optimizer.safetensors") for name in ("fsdp", "single")
-    )
+    ours, theirs = resume_state(tmp_path / "fsdp"), resume_state(tmp_path / "single")
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-3)
@@ -144,20 +92,7 @@ def test_two_ranks_have_the_losses_of_one_and_resume_to_them(
     one = alone(order("single", tmp_path / "fsdp"), tmp_path / "one")
     assert series(one, "train_loss") == pytest.approx(last, abs=1e-4)
 
-    logits = []
-    for name in ("single", "fsdp"):
-        model = AutoModelForCausalLM.from_pretrained(base_model)
-        tuned = PeftModel.from_pretrained(model, tmp_path / name / EXPORT)
-        with torch.no_grad():
-            logits.append(tuned(torch.arange(8)[None]).logits)
-    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
-    configs = [
-        json.loads((tmp_path / name / EXPORT / "adapter_config.json").read_text())
-        for name in ("single", "fsdp")
-    ]
-    for config in configs:
-        config["target_modules"].sort()
-    assert configs[0] == configs[1]
+    loads_like_any(base_model, tmp_path / "single", tmp_path / "fsdp")
 
 
 @pytest.mark.slow
@@ -201,6 +136,42 @@ def test_whole_models_references_and_half_precision_are_divided_too(
         torch.testing.assert_close(other[name], one[name], atol=1e-4, rtol=1e-3)
 
 
+SAMPLE = {
+    "lora": {"r": 4, "use_dora": True},  # the norm of the base's weight
+    "lokr": {},
+    "oft": {"oft_block_size": 16},
+    "vera": {"r": 8},  # matrices that all layers share
+    "unilora": {},  # trained numbers that all layers share
+    "tinylora": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_adapters_that_say_so_train_alike_on_two_ranks(
+    make_order: Any, chats: Any, tmp_path: Path
+) -> None:
+    rows = chats(9)
+
+    def order(name: str, strategy: str) -> RunOrder:
+        entry = catalogue.find("adapters", name)
+        config = {**CONFIG, "max_steps": 2, "learning_rate": 1e-3}
+        use = Use(type=name, config=entry.Config(**SAMPLE[name]).model_dump(mode="json"))
+        return make_order(rows, config=config, adapter=use, **compute(strategy))  # type: ignore[no-any-return]
+
+    singles = {n: alone(order(n, "single"), tmp_path / f"one-{n}") for n in SAMPLE}
+    divided = on_two_ranks({name: order(name, "fsdp") for name in SAMPLE}, tmp_path)
+    export = "checkpoints/step-00000002/export/adapter_model.safetensors"
+    for name in SAMPLE:
+        strategies = catalogue.find("adapters", name).strategies
+        assert strategies is None or "fsdp" in strategies
+        close(divided[name], singles[name])
+        one, other = (load_file(tmp_path / run / export) for run in (f"one-{name}", name))
+        assert one.keys() == other.keys()
+        for key in one:
+            torch.testing.assert_close(other[key], one[key], atol=1e-5, rtol=1e-3)
+
+
 def settings(**more: Any) -> OptimizerSettings:
     return OptimizerSettings(1e-3, "constant", 0, 10, **more)
 
@@ -219,26 +190,34 @@ def test_the_base_of_a_soft_prompt_is_not_divided(name: str, lab: Any) -> None:
 
 def test_what_parts_of_tensors_do_not_allow_is_refused_by_name() -> None:
     mixed = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, dtype=torch.bfloat16))
-    scalar = torch.nn.Module()
-    scalar.scale = torch.nn.Parameter(torch.ones(()))
     plain = torch.nn.Linear(2, 2)
     for model, given, words in (
         (mixed, settings(), "several"),
-        (scalar, settings(), "single numbers"),
         (plain, settings(hook=StepHook()), "each step's gradients"),
     ):
         with pytest.raises(NotSupported, match=words):
             engine_for("fsdp").prepare(model, given)
 
 
-def test_blocks_are_what_the_model_repeats_unless_they_share(lab: Any) -> None:
-    tuned = lab.lora()
-    base = tuned.get_base_model()
-    assert blocks(base) == list(base.model.layers)
-
+def test_blocks_are_what_the_model_repeats_and_share_nothing_that_is_divided(lab: Any) -> None:
+    base = lab.lora().get_base_model()
     layers = base.model.layers
-    layers[1].mlp.up_proj.base_layer.weight = layers[0].mlp.up_proj.base_layer.weight
-    assert blocks(base) == []
+    assert blocks(base) == list(layers)
+    assert kept_whole(base) == set()
+
+    linear = layers[0].mlp.up_proj.base_layer
+    layers[1].mlp.up_proj.base_layer.weight = linear.weight
+    layers[1].mlp.down_proj = layers[0].mlp.down_proj
+    base.scale = torch.nn.Parameter(torch.ones(()))
+    shared = {linear.weight, base.scale, *layers[0].mlp.down_proj.parameters()}
+    assert kept_whole(base) == shared
+
+
+def test_what_blocks_share_cannot_wait_on_the_host(lab: Any) -> None:
+    model = lab.llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(NotSupported, match="what blocks of this adapter share"):
+        engine_for("fsdp", "parameters").prepare(model, settings())
 
 
 def test_a_state_of_other_parameters_is_refused() -> None:

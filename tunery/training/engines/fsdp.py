@@ -1,7 +1,8 @@
 """Torch's FSDP2: every rank keeps a part of each tensor, and has a block whole while it runs it.
 
 Base and adapter are divided alike, along the first axis, block by block, so that a device needs
-room for its part of the model and for two blocks. The optimizer is the other engines', over this
+room for its part of the model and for two blocks. Single numbers, and what several blocks share,
+every rank keeps whole. The optimizer is the other engines', over this
 rank's parts: AdamW looks at each number alone. Resume files are the other engines' too, whole
 tensors by parameter name, so that a run may be resumed by another strategy or number of ranks.
 
@@ -61,7 +62,7 @@ class FsdpEngine(DdpEngine):
         self._device = device
 
     def prepare(self, model: nn.Module, settings: OptimizerSettings) -> None:
-        _refuse(model, settings)
+        _refuse(model, settings, offload=self._offload)
         self.model = model
         self._broadcast(model)
         self._root = _root_of(model)
@@ -69,6 +70,7 @@ class FsdpEngine(DdpEngine):
         _move_rest(model, self._device)
         self._every = dict(model.named_parameters())
         self._trained = {name: p for name, p in self._every.items() if p.requires_grad}
+        self._whole_ones = [p for p in self._trained.values() if not isinstance(p, DTensor)]
         # Views of this rank's parts: what AdamW writes, the next gathering reads.
         self._mine = {name: torch.nn.Parameter(_part(p)) for name, p in self._trained.items()}
         self.optimizer = Optimizer(self._mine.items(), replace(settings, flat=False))
@@ -85,7 +87,7 @@ class FsdpEngine(DdpEngine):
             "mesh": mesh,
             # Sums of half-precision gradients lose what single ones have.
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-            "ignored_params": {p for p in self._root.parameters() if p.ndim == 0},
+            "ignored_params": kept_whole(self._root),
         }
         if self._offload:
             cuda = self._device.type == "cuda"
@@ -103,6 +105,10 @@ class FsdpEngine(DdpEngine):
         (loss * self.world).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> Tensor:
+        for parameter in self._whole_ones:
+            if parameter.grad is not None:
+                # Losses are scaled for a mean over ranks.
+                dist.all_reduce(parameter.grad.div_(self.world))
         for name, parameter in self._trained.items():
             mine = self._mine[name]
             grad = parameter.grad
@@ -114,7 +120,10 @@ class FsdpEngine(DdpEngine):
     def _norm_of_all(self, norm: Tensor) -> Tensor:
         squares = norm.detach().to(self._device).square()
         dist.all_reduce(squares)
-        return squares.sqrt().to(norm.device)
+        for parameter in self._whole_ones:  # Every rank has counted them.
+            if parameter.grad is not None:
+                squares -= (self.world - 1) * parameter.grad.float().square().sum()
+        return squares.clamp(min=0).sqrt().to(norm.device)
 
     def calibrate(self) -> None:
         """Never called: `prepare` refuses adapters with a hook, which alone ask for it.
@@ -151,14 +160,14 @@ class FsdpEngine(DdpEngine):
 
     def _saved(self, name: str) -> Tensor | None:
         parameter = self._every[name]
-        if not isinstance(parameter, DTensor):
-            return parameter.detach().cpu().clone()
-        whole = self._whole(parameter, parameter.to_local())
-        return whole.cpu() if self.rank == 0 else None
+        whole = self._whole(parameter, _part(parameter))
+        return whole.detach().cpu().clone() if self.rank == 0 else None
 
     @torch.no_grad()
     def _whole(self, like: Any, part: Tensor) -> Tensor:
         """The tensor of which each rank has the part that it has of `like`."""
+        if not isinstance(like, DTensor):
+            return part
         divided = DTensor.from_local(
             part.detach().to(self._device),
             like.device_mesh,
@@ -209,16 +218,21 @@ class FsdpEngine(DdpEngine):
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of a model, gathered one at a time: the members of its outermost lists.
 
-    One that shares a parameter with something outside of it is left to the root, which has the
-    embeddings too, tied or not.
+    The root has the rest, with the embeddings, tied or not.
     """
-    uses = _uses(model)
-    found: dict[int, nn.Module] = {}
-    for member in _members(model):
-        alone = all(count == uses[key] for key, count in _uses(member).items())
-        if alone and any(True for _ in member.parameters()):
-            found[id(member)] = member
+    found = {id(m): m for m in _members(model) if any(True for _ in m.parameters())}
     return list(found.values())
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """What is not divided: single numbers, and parameters that a block shares with what is outside
+    of it, which would have to be gathered for both."""
+    uses = _uses(model)
+    whole = {p for p in model.parameters() if p.ndim == 0}
+    for block in blocks(model):
+        here = _uses(block)
+        whole |= {p for p in block.parameters() if here[id(p)] != uses[id(p)]}
+    return whole
 
 
 def _members(module: nn.Module) -> Iterator[nn.Module]:
@@ -231,7 +245,8 @@ def _members(module: nn.Module) -> Iterator[nn.Module]:
 
 def _uses(module: nn.Module) -> Counter[int]:
     """By how many modules in `module` each parameter is held."""
-    return Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    parts = module.named_modules(remove_duplicate=False)
+    return Counter(id(p) for _, part in parts for p in part.parameters(recurse=False))
 
 
 def _root_of(model: nn.Module) -> Any:
@@ -248,19 +263,21 @@ def _move_rest(model: nn.Module, device: torch.device) -> None:
 
 def _part(tensor: Any) -> Tensor:
     """This rank's part, a view."""
-    part: Tensor = tensor.detach().to_local()
-    return part
+    whole = tensor.detach()
+    return whole.to_local() if isinstance(whole, DTensor) else whole
 
 
 def _part_of(whole: Tensor, like: Any) -> Tensor:
     """This rank's part of a tensor that every rank has whole; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return whole
     divided = distribute_tensor(
         whole.to(like.to_local().device), like.device_mesh, like.placements, src_data_rank=None
     )
     return divided.to_local()
 
 
-def _refuse(model: nn.Module, settings: OptimizerSettings) -> None:
+def _refuse(model: nn.Module, settings: OptimizerSettings, *, offload: bool) -> None:
     """What parts of tensors do not allow.
 
     Raises:
@@ -274,8 +291,8 @@ def _refuse(model: nn.Module, settings: OptimizerSettings) -> None:
     elif any(config.is_prompt_learning for config in adapters.values()):
         # PEFT reads the embeddings outside the base's own forward pass, where they are divided.
         reason = "fsdp cannot divide the base of a soft prompt or prefix"
-    elif any(p.ndim == 0 for p in trained):
-        reason = "fsdp cannot divide the single numbers that this adapter trains"
+    elif offload and any(p.requires_grad for p in kept_whole(_root_of(model))):
+        reason = "fsdp cannot leave on the host what blocks of this adapter share"
     elif len({p.dtype for p in trained}) > 1:
         reason = "fsdp sums gradients of one precision, and what trains here has several"
     if reason:
