@@ -137,7 +137,7 @@ def rank(number: int, folder: Path, port: int) -> None:
 
 def both(folder: Path) -> int:
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     ranks = [context.Process(target=rank, args=(number, folder, port)) for number in range(WORLD)]
     for one in ranks:
         one.start()
@@ -152,7 +152,7 @@ def both(folder: Path) -> int:
     return max(abs(one.exitcode or 0) for one in ranks)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])

@@ -18,6 +18,7 @@ from tests.tunery.training.ranks import (
     close,
     compute,
     features,
+    free_port,
     loads_like_any,
     on_two_ranks,
     resume_state,
@@ -25,7 +26,7 @@ from tests.tunery.training.ranks import (
 )
 from tunery import catalogue
 from tunery.errors import CheckpointCorrupt, NotSupported
-from tunery.spec import Use
+from tunery.spec import Compute, Use
 from tunery.training.engines import engine_for
 from tunery.training.engines.fsdp import blocks, kept_whole
 from tunery.training.hooks import StepHook
@@ -134,6 +135,19 @@ def test_whole_models_references_and_half_precision_are_divided_too(
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(other[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+def test_one_device_offloads_too(
+    make_order: Any, chats: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = chats(9)
+    single = alone(make_order(rows, config=CONFIG, **compute("single")), tmp_path / "single")
+    elastic = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**elastic, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    where = Compute(strategy="fsdp", offload="parameters", micro_batch_tokens=48)
+    fsdp = alone(make_order(rows, config=CONFIG, compute=where), tmp_path / "fsdp")
+    close(fsdp, single)
 
 
 SAMPLE = {
