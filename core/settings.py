@@ -42,6 +42,12 @@ class Settings(BaseSettings):
     max_queued_jobs: int = Field(
         1000, ge=1, description="Queued and running jobs a project may have."
     )
+    dry_run_wait_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long a dry run waits for a worker to read the files with the base model's "
+        "tokenizer; 0 leaves that to the start of the job.",
+    )
     lease_s: float = Field(60.0, gt=0, description="How long a worker's claim lasts unrenewed.")
     beat_s: float = Field(15.0, gt=0, description="How often a worker renews its claim.")
     reap_s: float = Field(5.0, gt=0, description="How often lapsed leases are looked for.")

@@ -1,6 +1,6 @@
 """The Celery side of a worker: one task, and what starts and ends with the worker.
 
-    main process      Celery's consumer; the warm pool's parent; the herald's thread
+    main process      Celery's consumer; the warm pool's parent; herald's and inspector's threads
     pool children     one per device slot; each runs one supervisor at a time
 
 The message is a doorbell: lost, late or doubled, it changes nothing, because the claim decides.
@@ -25,6 +25,7 @@ from worker.attempt import sweep_scratch
 from worker.devices import Slots, offered
 from worker.environment import warm_environment
 from worker.herald import Herald
+from worker.inspector import Inspector
 from worker.place import WorkerPlace
 from worker.supervisor import Supervisor
 from worker.warm import PRELOAD, WarmPool
@@ -50,6 +51,7 @@ class Worker:
     slots: Slots
     warm: WarmPool
     herald: Herald
+    inspector: Inspector
     queues: list[str] = field(default_factory=list)
 
     @classmethod
@@ -63,7 +65,8 @@ class Worker:
             preload = (settings.launcher.partition(":")[0],)
         warm = WarmPool(place.warm_socket, preload, warm_environment(os.environ))
         herald = Herald(settings, place, devices, queues, warm)
-        return cls(settings, place, slots, warm, herald, queues)
+        inspector = Inspector(settings, queues)
+        return cls(settings, place, slots, warm, herald, inspector, queues)
 
     def wake(self, message: dict[str, Any]) -> int:
         """There may be work for the queue that the message names; returns how many jobs ran."""
@@ -105,12 +108,14 @@ def _bind(worker: Worker) -> None:
 
     def ready(**_: Any) -> None:
         worker.herald.start()
+        worker.inspector.start()
 
     def leave(**_: Any) -> None:
         log.info("worker.draining", name=worker.place.name)
         worker.herald.leave()
 
     def end(**_: Any) -> None:
+        worker.inspector.stop()
         worker.herald.stop()
         worker.warm.stop()
         worker.place.remove()

@@ -332,6 +332,28 @@ class WorkerRow(Base):
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
+class InspectionRow(Base):
+    """A dry run's question to the workers: what does the base's tokenizer make of these files?
+
+    Gone after minutes, answered or not; it decides nothing.
+    """
+
+    __tablename__ = "inspections"
+    __table_args__ = (
+        Index("inspections_open", "queue", "id", postgresql_where=text("answer is null")),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
+    queue: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    training_file_id: Mapped[int] = mapped_column(ForeignKey("files.id"))
+    validation_file_id: Mapped[int | None] = mapped_column(ForeignKey("files.id"))
+    asked_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    taken_at: Mapped[datetime | None]
+    answer: Mapped[dict[str, Any] | None]
+
+
 class IdempotencyRow(Base):
     """A create that was answered, so that a retry gets the same answer."""
 

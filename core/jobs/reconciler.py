@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from core.db import claims, outbox, sweeps
+from core.db import claims, inspections, outbox, sweeps
 from tunery.errors import TransientError
 
 if TYPE_CHECKING:
@@ -135,12 +135,13 @@ async def ring(db: Database, broker: Bell, older_than_s: float) -> None:
 
 
 async def expire(db: Database) -> None:
-    """Close stale uploads and forget old idempotency keys."""
+    """Close stale uploads; forget old idempotency keys and questions."""
     async with db.begin() as session:
         if not await sweeps.on_duty(session, 4):
             return
         uploads = await sweeps.expire_uploads(session)
         keys = await sweeps.expire_idempotency_keys(session)
+        await inspections.forget(session)
     if uploads or keys:
         _tell(log.info, "expired", uploads=len(uploads), idempotency_keys=keys)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from core.db import idempotency, submissions, views
 from core.db.engine import driver_of
 from core.ids import JOB, new_id
+from core.jobs import inspection
 from core.jobs.naming import PREFIX, model_name
 from core.jobs.view import job_object
 from tunery.errors import (
@@ -132,8 +133,9 @@ class Submitter:
     async def rehearse(self, caller: Principal, body: Any) -> dict[str, Any]:
         """What `submit` would say, with nothing stored.
 
-        Returns `{valid, resolved, problems, warnings, estimate}`; an invalid request is an answer,
-        not an error.
+        Returns `{valid, resolved, problems, warnings, estimate, preflight}`; an invalid request is
+        an answer, not an error. `preflight` is what a worker found in the files with the base
+        model's tokenizer; None where none could be asked.
         """
         try:
             request = parse_request(body)
@@ -147,10 +149,28 @@ class Submitter:
                 raise
             return _rehearsal(problems=error.problems or [_problem(error)])
         found = plan.resolved
+        looked = await self._inspect(caller, request, plan)
         return _rehearsal(
             resolved=_stored(found.as_json(), found),
-            warnings=[*found.warnings, *_ignored(request)],
+            problems=looked["problems"],
+            warnings=[*found.warnings, *_ignored(request), *looked["warnings"]],
             estimate=found.estimate,
+            preflight=looked["preflight"],
+        )
+
+    async def _inspect(self, caller: Principal, request: JobRequest, plan: _Plan) -> dict[str, Any]:
+        """What a worker says of the files; see `core.jobs.inspection`."""
+        queue = request.ext.queue
+        if self.fleet.devices(queue) is None or not self.settings.dry_run_wait_s:
+            return inspection.nobody()
+        return await inspection.inspect(
+            self.db,
+            wait_s=self.settings.dry_run_wait_s,
+            project_id=caller.project_id,
+            queue=queue,
+            spec=plan.resolved.spec.model_dump(mode="json"),
+            training_file_id=plan.training.id,
+            validation_file_id=None if plan.validation is None else plan.validation.id,
         )
 
     async def _told_again(
@@ -422,6 +442,7 @@ def _rehearsal(
     problems: list[dict[str, Any]] | None = None,
     warnings: list[dict[str, Any]] | None = None,
     estimate: dict[str, Any] | None = None,
+    preflight: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     return {
         "object": "fine_tuning.job.dry_run",
@@ -430,4 +451,5 @@ def _rehearsal(
         "problems": problems or [],
         "warnings": warnings or [],
         "estimate": estimate,
+        "preflight": preflight,
     }

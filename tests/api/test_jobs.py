@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from core.db import checkpoints, claims, submissions
+from core.db import checkpoints, claims, inspections, submissions, workers
 from core.db.engine import driver_of
 from core.db.files import FileRepository
 from tests.api.conftest import BASE
@@ -348,6 +348,8 @@ async def test_dry_run_agrees_with_create_and_stores_nothing(
     rehearsed = (await http.post(f"{JOBS}/dry_run", json=wanted)).json()
     assert rehearsed["valid"]
     assert rehearsed["estimate"]["steps"] == 6
+    assert rehearsed["preflight"] is None
+    assert [warning["code"] for warning in rehearsed["warnings"]] == ["data_not_inspected"]
     assert (await http.get(JOBS)).json()["data"] == []
     made = (await http.post(JOBS, json=wanted)).json()
     resolved = dict(made["ext"]["resolved"])
@@ -359,6 +361,42 @@ async def test_dry_run_agrees_with_create_and_stores_nothing(
     assert not invalid.json()["valid"]
     assert invalid.json()["problems"][0]["code"] == "model_not_found"
     assert (await http.post(f"{JOBS}/dry_run", content=b"{")).status_code == 400
+
+
+async def test_a_dry_run_tells_what_a_worker_finds_in_the_files(
+    http: httpx2.AsyncClient, body: dict[str, Any], worker: Worker
+) -> None:
+    async with worker.db.begin() as session:
+        await workers.upsert(
+            session,
+            name="w1",
+            host="h",
+            pid=1,
+            queues=["default"],
+            devices=[{"kind": "cpu"}],
+            versions={},
+            cached_models=[],
+        )
+    problem = {"code": "no_trainable_tokens", "path": "training_file", "message": "nothing"}
+    found = {"preflight": {"rows": 4}, "problems": [problem], "warnings": []}
+
+    async def answer() -> None:
+        while True:
+            async with worker.db.begin() as session:
+                question = await inspections.take(session, ["default"], 60)
+                if question is not None:
+                    assert question.spec["model"]["name"] == BASE
+                    await inspections.answer(session, question.id, found)
+                    return
+            await asyncio.sleep(0.02)
+
+    answering = asyncio.create_task(answer())
+    rehearsed = (await http.post(f"{JOBS}/dry_run", json=body)).json()
+    await answering
+    assert not rehearsed["valid"]
+    assert rehearsed["problems"] == [problem]
+    assert rehearsed["preflight"] == {"rows": 4}
+    assert rehearsed["resolved"] is not None
 
 
 async def test_an_etag_spares_the_body_and_prefer_waits_for_a_change(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from tunery.cli import output
 from tunery.cli.exits import Exit
-from tunery.cli.local_data import describe, held_out_report, report_of, suffix_of
+from tunery.cli.local_data import describe, held_out_report, report_of
 from tunery.cli.output import AsJson
 
 if TYPE_CHECKING:
@@ -99,41 +98,15 @@ def _marked(text: str, trained: bool) -> str:
 
 
 def _preview(path: Path, model: str, show: int, sample: int, settings: list[str]) -> Any:
-    from tunery import catalogue
     from tunery.cli.request_file import override
     from tunery.cli.train import base_model
-    from tunery.data.read import read_rows
     from tunery.models import shape
     from tunery.request import parse_request
     from tunery.resolve import resolve
-    from tunery.training.preview import preview
-    from tunery.training.program import load_tokenizer
-    from tunery.training.types import EncodeOptions
+    from tunery.training.preview import sampled
 
     body = override({"model": model, "training_file": path.name}, settings)
     data = describe(path)
     folder, _ = base_model(model)
     spec = resolve(parse_request(body), training=data, shape=shape(folder), seed=0).spec
-    format: Any = data.format
-    for use in spec.transforms:
-        transform = catalogue.find("transforms", use.type)
-        format = transform.produces(transform.Config.model_validate(use.config), format)
-    task = catalogue.find("tasks", spec.task.type)
-    config: Any = catalogue.find("methods", spec.method.type).Config.model_validate(
-        spec.method.config
-    )
-    options = EncodeOptions(
-        format=format,
-        max_length=config.row_length,
-        train_on=getattr(config, "train_on", "assistant"),
-        labels=data.labels,
-    )
-    lines = itertools.islice(read_rows(path, suffix_of(path), data.format), sample)
-    return preview(
-        (row for _, row in lines),
-        load_tokenizer(folder),
-        task.runtime(task.Config.model_validate(spec.task.config)),
-        options,
-        transforms=spec.transforms,
-        show=show,
-    )
+    return sampled(spec, data, path, folder, sample=sample, show=show)

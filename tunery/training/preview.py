@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunery import catalogue
+from tunery.data.read import read_rows
 from tunery.errors import InvalidData
 from tunery.training.preflight import Preflight, inspect, special_ids
-from tunery.training.types import IGNORE, examples_of
+from tunery.training.program import tokenizer_for
+from tunery.training.types import IGNORE, EncodeOptions, examples_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-    from tunery.spec import Use
-    from tunery.training.types import Document, EncodeOptions, Example, TaskRuntime
+    from tunery.spec import DataFile, TrainingSpec, Use
+    from tunery.training.types import Document, Example, TaskRuntime
 
 MAX_PROBLEMS = 100
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"
@@ -116,6 +119,43 @@ def preview(
         rows=tuple(_row(example, tokenizer, options) for example in examples[:show]),
         preflight=inspect(examples, tokenizer, options),
         problems=tuple(problems[:MAX_PROBLEMS]),
+    )
+
+
+def sampled(
+    spec: TrainingSpec, file: DataFile, path: Path, base: Path, *, sample: int, show: int = 3
+) -> Preview:
+    """The first rows of a file as a run of `spec` on the base model in `base` would encode them.
+
+    Args:
+        sample: rows to look at.
+
+    Raises:
+        BaseModelUnavailable: the base has no tokenizer.
+        InvalidData: a transform cannot do its work.
+    """
+    format: Any = file.format
+    for use in spec.transforms:
+        transform = catalogue.find("transforms", use.type)
+        format = transform.produces(transform.Config.model_validate(use.config), format)
+    task = catalogue.find("tasks", spec.task.type)
+    method = catalogue.find("methods", spec.method.type)
+    config: Any = method.Config.model_validate(spec.method.config)
+    options = EncodeOptions(
+        format=format,
+        max_length=config.row_length,
+        train_on=getattr(config, "train_on", "assistant"),
+        labels=file.labels,
+    )
+    lines = islice(read_rows(path, file.suffix, file.format), sample)
+    runtime = task.runtime(task.Config.model_validate(spec.task.config))
+    return preview(
+        (row for _, row in lines),
+        tokenizer_for(runtime, base),
+        runtime,
+        options,
+        transforms=spec.transforms,
+        show=show,
     )
 
 

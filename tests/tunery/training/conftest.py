@@ -234,8 +234,11 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture
 def base_model(lab: Lab, tmp_path: Path) -> Path:
+    return write_base_model(lab, tmp_path / "base")
+
+
+def write_base_model(lab: Lab, folder: Path) -> Path:
     """A folder with a tiny random Llama, a byte tokenizer and a ChatML template."""
-    folder = tmp_path / "base"
     lab.llama(vocab_size=261, max_position_embeddings=256).save_pretrained(folder)
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
