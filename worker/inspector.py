@@ -10,11 +10,10 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -28,10 +27,12 @@ from tunery.errors import AppError, TransientError
 from tunery.models import ModelStore
 from tunery.spec import TrainingSpec
 from tunery.training.protocol import RunOrder
+from worker.attempt import open_scratch
 from worker.environment import warm_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from core.artifacts.stores import ArtifactStore
     from core.db.inspections import Question
@@ -92,9 +93,10 @@ class Inspector:
             return False
         try:
             said = await self._look(question, store)
-        except AppError as error:
-            # The files or the base are not to be had here: as if nobody had been asked.
-            log.warning("inspection.failed", question=question.id, why=str(error))
+        except (AppError, OSError, ValueError) as error:
+            # The files or the base are not to be had here, the disk is full, or the spec is another
+            # version's: as if nobody had been asked. The next question may fare better.
+            log.warning("inspection.failed", question=question.id, why=type(error).__name__)
             said = nobody()
         async with db.begin() as session:
             await inspections.answer(session, question.id, said)
@@ -104,10 +106,9 @@ class Inspector:
         spec = TrainingSpec.model_validate(question.spec)
         models = ModelStore(self._settings.resolved_models_dir(), hub_allowed=False)
         base = await asyncio.to_thread(models.locate, spec.model.name, spec.model.revision)
-        scratch = self._settings.resolved_scratch_dir()
-        scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=scratch, prefix="inspection-") as name:
-            folder = Path(name)
+        folder = self._settings.resolved_scratch_dir() / f"inspection-{question.id}-{os.getpid()}"
+        lock = open_scratch(folder)  # what a killed worker leaves is swept by its successor
+        try:
             data, held_out = spec.data, question.validation_key
             training = await _fetch(store, question.training_key, data.training, folder)
             validation = None
@@ -123,6 +124,9 @@ class Inspector:
             path = folder / "order.json"
             path.write_text(order.model_dump_json(), encoding="utf-8")
             return await self._read(path)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            os.close(lock)
 
     async def _read(self, order: Path) -> dict[str, Any]:
         process = await asyncio.create_subprocess_exec(

@@ -33,7 +33,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     }
 
 
-async def asked(farm: Farm, rows: list[dict[str, Any]], max_length: int = 64) -> dict[str, Any]:
+async def asked(farm: Farm, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """What a worker says of these rows."""
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     file = await farm.upload(data)
@@ -44,7 +44,7 @@ async def asked(farm: Farm, rows: list[dict[str, Any]], max_length: int = 64) ->
         rows=len(rows),
         size_bytes=len(data),
     )
-    hyperparameters = {"max_length": max_length}
+    hyperparameters = {"max_length": 64}
     body = {
         "model": "bytes",
         "training_file": file.public_id,
@@ -56,7 +56,7 @@ async def asked(farm: Farm, rows: list[dict[str, Any]], max_length: int = 64) ->
             session,
             project_id=farm.project_id,
             queue="default",
-            spec=spec.model_dump(mode="json"),
+            spec=spec.model_dump(mode="json") | more,
             training_file_id=file.id,
             validation_file_id=None,
         )
@@ -86,6 +86,10 @@ async def test_a_worker_reads_files_with_the_base_models_tokenizer(
     useless = await asked(farm, [chat("so long " * 40, "secret reply")])
     assert [problem["code"] for problem in useless["problems"]] == ["no_trainable_tokens"]
     assert "secret" not in json.dumps(useless)
+
+    # A question that this version cannot read does not end the thread that answers.
+    assert (await asked(farm, [chat("What?", "That.")], version=2))["preflight"] is None
+    assert not list(farm.settings.resolved_scratch_dir().glob("inspection-*"))
 
     (farm.settings.resolved_models_dir() / "bytes" / "config.json").unlink()
     unknown = await asked(farm, [chat("What?", "That.")])
