@@ -56,10 +56,15 @@ def _no(x: Tensor) -> Tensor:
     return -functional.logsigmoid(x)
 
 
+def smoothed(margin_B: Tensor, smoothing: float) -> Tensor:
+    """-log sigmoid of each margin, (B,), where that share of the pairs is the wrong way round."""
+    loss_B = _no(margin_B)
+    return loss_B if not smoothing else (1 - smoothing) * loss_B + smoothing * _no(-margin_B)
+
+
 def sigmoid(r: Ratios) -> Tensor:
     """Rafailov et al. 2023, eq. 7; with smoothing, Mitchell's conservative DPO."""
-    loss = _no(r.margin)
-    return loss if not r.smoothing else (1 - r.smoothing) * loss + r.smoothing * _no(-r.margin)
+    return smoothed(r.margin, r.smoothing)
 
 
 def hinge(r: Ratios) -> Tensor:

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from tunery.entries import Hyperparameters, Method
 from tunery.methods import _preference
+from tunery.methods._dpo_losses import smoothed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -78,14 +79,7 @@ def simpo_loss(
     chosen_B: Tensor, rejected_B: Tensor, *, beta: float, gamma: float, label_smoothing: float = 0.0
 ) -> Tensor:
     """Loss of each of B pairs, in nats, of mean log-probabilities: float32 (B,)."""
-    from torch.nn import functional
-
-    margin_B = beta * (chosen_B - rejected_B) - gamma
-    loss_B = -functional.logsigmoid(margin_B)
-    if label_smoothing:
-        wrong_B = -functional.logsigmoid(-margin_B)
-        loss_B = (1 - label_smoothing) * loss_B + label_smoothing * wrong_B
-    return loss_B
+    return smoothed(beta * (chosen_B - rejected_B) - gamma, label_smoothing)
 
 
 class _Margins:
