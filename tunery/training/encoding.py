@@ -412,22 +412,6 @@ def _common_prefix(a: str, b: str) -> int:
     return low
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> tuple[int, ...]:
-    """Tokens that end a reply: the tokenizer's own, and that which its template ends turns with."""
-    found = [] if tokenizer.eos_token_id is None else [_eos(tokenizer)]
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    if isinstance(tokenizer.chat_template, str | dict):
-        learnt = replace(options, train_on="assistant", max_length=1 << 16, whole=False)
-        try:
-            document = _conversation(turns, {}, tokenizer, learnt)
-        except InvalidData:
-            return tuple(found)  # a template that wants more of a conversation than this
-        said = document.labels[document.labels != IGNORE]
-        if len(said) and int(said[-1]) in _specials(tokenizer):
-            found.append(int(said[-1]))
-    return tuple(dict.fromkeys(found))
-
-
 def template_of(tokenizer: PreTrainedTokenizerBase, override: str | None = None) -> str:
     """The chat template's source.
 

@@ -1,28 +1,19 @@
-"""Where the examples of a step come from: drawn from the file, or made by the model itself.
-
-A run draws rows by seed and step alone. An objective that learns from the model's own completions
-is a `Samples` too: it gives the loop a source that asks the model first.
-"""
+"""Where the examples of a step come from: rows of the file, drawn by seed and step alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from tunery.training import batching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from tunery.training.engines import Engine
     from tunery.training.store import TokenStore
-    from tunery.training.types import Example, Layout, TaskRuntime
+    from tunery.training.types import Example
 
 
 class Examples(Protocol):
@@ -103,19 +94,6 @@ class Source(Protocol):
         """Metrics of held-out rows by name; None: the loss on them says it all."""
         ...
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """What a resumed run needs beside the step, copied; the result writes it to a folder. Only
-        rank 0's is called."""
-        ...
-
-    def restore(self, folder: Path, step: int) -> None:
-        """Continue before step `step` from what was written then, or from nothing.
-
-        Raises:
-            CheckpointCorrupt: unreadable.
-        """
-        ...
-
 
 class Drawn:
     """Rows of the file, each once per epoch, in an order that seed and epoch decide."""
@@ -137,50 +115,3 @@ class Drawn:
 
     def evaluate(self, store: TokenStore, budget: int) -> dict[str, float] | None:
         return None
-
-    def snapshot(self) -> Callable[[Path], None]:
-        return lambda folder: None
-
-    def restore(self, folder: Path, step: int) -> None:
-        """Seed and step say all."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRun:
-    """What a source is made with.
-
-    Attributes:
-        engine: prepared; its model is the one that trains.
-        train: encoded prompts of the training file.
-        rows, valid_rows: the rows themselves, transforms applied, by `Example.row`.
-        batch_size: rows drawn at once.
-        stop_ids: tokens that end a reply.
-        warn: code, message and numbers, for whoever started the run.
-    """
-
-    engine: Engine
-    task: TaskRuntime
-    tokenizer: PreTrainedTokenizerBase
-    device: torch.device
-    train: TokenStore
-    rows: Sequence[Mapping[str, Any]]
-    valid_rows: Sequence[Mapping[str, Any]]
-    batch_size: int
-    seed: int
-    layout: Layout
-    pad_id: int
-    stop_ids: tuple[int, ...]
-    warn: Callable[..., None]
-
-
-@runtime_checkable
-class Samples(Protocol):
-    """An `Objective` that makes its own examples: the rows of the file are prompts."""
-
-    def source(self, run: SourceRun) -> Source:
-        """Called once, after the model is prepared and before anything is restored.
-
-        Raises:
-            tunery.errors.InvalidData: a row lacks what the examples are made or judged with.
-        """
-        ...
